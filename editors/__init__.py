@@ -1,0 +1,1 @@
+"""Editors: change the weights that hold a memory. They write and never decide where."""

@@ -1,0 +1,1 @@
+"""The lab: a small language model trained here, in about a minute, whose memories are known."""

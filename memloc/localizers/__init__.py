@@ -1,0 +1,1 @@
+"""Localizers: where it is kept. One file a method; the table is memloc/methods.py."""

@@ -1,0 +1,87 @@
+"""Places in a transformer by name. No torch model is needed to speak of them.
+
+A `Site` names one linear map of one block: `L3.attn.out` is the output projection of attention in block 3. Its
+*input* is where heads (attn.out) and neurons (mlp.out) are read; its weight is `[out, in]` in every family.
+"""
+
+from __future__ import annotations
+
+import enum
+import re
+from dataclasses import dataclass
+
+from memloc.errors import InputError
+
+
+class Kind(enum.StrEnum):
+    """A linear map inside a block, or one of the two outside (`embed`, `unembed`)."""
+
+    ATTN_Q = "attn.q"
+    ATTN_K = "attn.k"
+    ATTN_V = "attn.v"
+    ATTN_OUT = "attn.out"
+    MLP_GATE = "mlp.gate"
+    MLP_IN = "mlp.in"
+    MLP_OUT = "mlp.out"
+    EMBED = "embed"
+    UNEMBED = "unembed"
+
+    @property
+    def in_block(self) -> bool:
+        """Whether every block has one (the two embeddings are outside)."""
+        return self not in (Kind.EMBED, Kind.UNEMBED)
+
+
+class Grain(enum.StrEnum):
+    """What one score speaks of."""
+
+    LAYER = "layer"
+    COMPONENT = "component"
+    HEAD = "head"
+    NEURON = "neuron"
+    WEIGHT = "weight"
+    POSITION = "position"
+    DIRECTION = "direction"
+
+
+OUTSIDE = -1
+"""The layer of a site outside the blocks."""
+
+_NAME = re.compile(r"^(?:L(?P<layer>\d+)\.)?(?P<kind>[a-z]+(?:\.(?!bias$)[a-z]+)?)(?P<bias>\.bias)?$")
+
+
+@dataclass(frozen=True, order=True)
+class Site:
+    """One linear map: its layer, its kind, and whether the bias is meant instead of the weight.
+
+    Raises:
+        InputError: a block's kind without a layer, or an embedding with one.
+    """
+
+    layer: int
+    kind: Kind
+    bias: bool = False
+
+    def __post_init__(self) -> None:
+        if self.kind.in_block == (self.layer == OUTSIDE) or self.layer < OUTSIDE:
+            raise InputError(
+                f"{self.kind} at layer {self.layer}: kinds inside a block need a layer from 0, others none"
+            )
+
+    def __str__(self) -> str:
+        place = f"L{self.layer}.{self.kind}" if self.kind.in_block else str(self.kind)
+        return place + ".bias" if self.bias else place
+
+    @classmethod
+    def parse(cls, name: str) -> Site:
+        """The site that prints as `name`, such as `L3.attn.out` or `L0.mlp.out.bias`.
+
+        Raises:
+            InputError: `name` is not of that form.
+        """
+        found = _NAME.match(name)
+        kinds = {str(kind) for kind in Kind}
+        if found is None or found["kind"] not in kinds:
+            raise InputError(f"no site called {name!r}; expected L<layer>.<kind>, kinds: {', '.join(sorted(kinds))}")
+        layer = OUTSIDE if found["layer"] is None else int(found["layer"])
+        return cls(layer, Kind(found["kind"]), found["bias"] is not None)
