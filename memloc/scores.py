@@ -106,7 +106,7 @@ class Localization:
             flat = torch.cat([entry.reshape(-1) for entry in group.values()])
             chosen = torch.zeros(len(flat), dtype=torch.bool)
             chosen[_largest(flat, _how_many(len(flat), count, fraction))] = True
-            parts = chosen.split([entry.numel() for entry in group.values()])
+            parts = torch.split(chosen, [entry.numel() for entry in group.values()])
             masks |= {site: part.view(entry.shape) for (site, entry), part in zip(group.items(), parts, strict=True)}
         settings = {"count": count, "fraction": fraction, "per": per}
         return Selection(self.grain, masks, replace(self.provenance, settings={**self.provenance.settings, **settings}))
@@ -179,7 +179,9 @@ class Selection:
             masks = {site: _random_mask(self.masks[site], int(self.masks[site].sum()), generator) for site in sites}
         else:
             whole = torch.cat([self.masks[site].reshape(-1) for site in sites])
-            parts = _random_mask(whole, self.count, generator).split([self.masks[site].numel() for site in sites])
+            parts = torch.split(
+                _random_mask(whole, self.count, generator), [self.masks[site].numel() for site in sites]
+            )
             masks = {site: part.view(self.masks[site].shape) for site, part in zip(sites, parts, strict=True)}
         settings = {**self.provenance.settings, "control_of": self.provenance.method, "matched": per}
         return Selection(self.grain, masks, replace(self.provenance, method="random", settings=settings, seed=seed))

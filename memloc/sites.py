@@ -64,9 +64,7 @@ class Site:
 
     def __post_init__(self) -> None:
         if self.kind.in_block == (self.layer == OUTSIDE) or self.layer < OUTSIDE:
-            raise InputError(
-                f"{self.kind} at layer {self.layer}: kinds inside a block need a layer, others none"
-            )
+            raise InputError(f"{self.kind} at layer {self.layer}: kinds inside a block need a layer, others none")
 
     def __str__(self) -> str:
         place = f"L{self.layer}.{self.kind}" if self.kind.in_block else str(self.kind)

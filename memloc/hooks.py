@@ -1,0 +1,130 @@
+"""Record and replace what flows into or out of torch modules. The only file that registers hooks.
+
+Both are context managers: hooks are gone when the block ends, however it ends.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, TypeVar
+
+from torch import Tensor, nn
+
+K = TypeVar("K")
+Side = Literal["input", "output"]
+
+
+@dataclass(frozen=True)
+class Point:
+    """The input or the output of one module (its first argument, or the first part of its result)."""
+
+    module: nn.Module
+    side: Side
+
+
+class _Stopped(Exception):  # noqa: N818 - a signal, not an error
+    """Raised to leave a forward pass once everything asked for has been recorded."""
+
+
+@contextlib.contextmanager
+def record(points: Mapping[K, Point], *, grad: bool = False, stop: bool = False) -> Iterator[dict[K, Tensor]]:
+    """What flows through `points` in the last forward pass inside the block.
+
+    Args:
+        points: key to point.
+        grad: keep the graph, and the gradient of every recorded tensor (`.grad` after a backward), also where all
+            parameters are frozen; otherwise the tensors are detached.
+        stop: leave the forward pass once every point has been seen. The rest of the `with` body is then skipped, so
+            the forward should be its last statement.
+
+    Yields:
+        A dict that fills as the model runs: key to the tensor itself (not a copy).
+    """
+    seen: dict[K, Tensor] = {}
+
+    def keep(key: K, tensor: Tensor) -> Tensor | None:
+        changed = None
+        if grad:
+            if not tensor.requires_grad:
+                changed = tensor = tensor.detach().requires_grad_(True)
+            if not tensor.is_leaf:
+                tensor.retain_grad()
+        seen[key] = tensor if grad else tensor.detach()
+        if stop and len(seen) == len(points):
+            raise _Stopped
+        return changed
+
+    with contextlib.suppress(_Stopped), _hooked(points, keep):
+        yield seen
+
+
+@contextlib.contextmanager
+def replace(points: Mapping[K, Point], change: Callable[[K, Tensor], Tensor]) -> Iterator[None]:
+    """Put `change(key, tensor)` in the place of what flows through each of `points`, in every pass in the block."""
+    with _hooked(points, change):
+        yield
+
+
+@dataclass(frozen=True)
+class Call:
+    """What a module was called with: everything but the first argument, to call it again."""
+
+    args: tuple[Any, ...]
+    kwargs: Mapping[str, Any]
+
+
+@contextlib.contextmanager
+def record_calls(modules: Mapping[K, nn.Module]) -> Iterator[dict[K, Call]]:
+    """How each module was called in the last forward pass inside the block, its first argument left out."""
+    seen: dict[K, Call] = {}
+    with contextlib.ExitStack() as stack:
+        for key, module in modules.items():
+
+            def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], key: K = key) -> None:
+                rest = dict(kwargs)
+                if not args:
+                    rest.pop("hidden_states", None)
+                seen[key] = Call(args[1:], rest)
+
+            stack.callback(module.register_forward_pre_hook(hook, with_kwargs=True).remove)
+        yield seen
+
+
+@contextlib.contextmanager
+def _hooked(points: Mapping[K, Point], visit: Callable[[K, Tensor], Tensor | None]) -> Iterator[None]:
+    with contextlib.ExitStack() as stack:
+        for key, point in points.items():
+            if point.side == "input":
+                handle = point.module.register_forward_pre_hook(_before(key, visit), with_kwargs=True)
+            else:
+                handle = point.module.register_forward_hook(_after(key, visit))
+            stack.callback(handle.remove)
+        yield
+
+
+def _before(key: K, visit: Callable[[K, Tensor], Tensor | None]) -> Callable[..., Any]:
+    def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        found = visit(key, args[0] if args else kwargs["hidden_states"])
+        if found is None:
+            return None
+        return ((found, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": found})
+
+    return hook
+
+
+def _after(key: K, visit: Callable[[K, Tensor], Tensor | None]) -> Callable[..., Any]:
+    def hook(_: nn.Module, __: Any, output: Any) -> Any:
+        found = visit(key, first(output))
+        if found is None:
+            return None
+        return (found, *output[1:]) if isinstance(output, tuple) else found
+
+    return hook
+
+
+def first(output: Any) -> Tensor:
+    """A module's tensor: its output, or the first part of it where it returns a tuple."""
+    tensor: Tensor = output[0] if isinstance(output, tuple) else output
+    return tensor

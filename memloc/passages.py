@@ -1,0 +1,452 @@
+"""Passages and Facts: token-level data. A text is tokenised once, jointly, and cut in token space.
+
+Every method sees the same tokens: prefix and suffix are never tokenised apart, and a row whose cut falls inside a
+token is kept and marked (`boundary_merged`), because a model that saw the text never saw that cut.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any, overload
+
+from memloc.errors import InputError
+from memloc.provenance import digest_json
+
+FORMS = '{"id","text"}, {"prefix","suffix"} or {"prefix_ids","suffix_ids"}'
+
+
+@dataclass(frozen=True)
+class Passage:
+    """A prefix to prompt with and the suffix that should, or should not, follow.
+
+    Attributes:
+        id: unique in its set.
+        prefix: token ids, at least one.
+        suffix: token ids, at least one.
+        tags: whatever else the record carried (`dose`, `relation`, ...), JSON values.
+        boundary_merged: the cut the caller asked for falls inside a token; that token went to the suffix.
+    """
+
+    id: str
+    prefix: tuple[int, ...]
+    suffix: tuple[int, ...]
+    tags: Mapping[str, Any] = field(default_factory=dict)
+    boundary_merged: bool = False
+
+    def __post_init__(self) -> None:
+        if not self.prefix or not self.suffix:
+            raise InputError(f"passage {self.id!r}: prefix {len(self.prefix)} and suffix {len(self.suffix)} tokens; "
+                             "each needs at least one")  # fmt: skip
+
+    @property
+    def ids(self) -> tuple[int, ...]:
+        """Prefix and suffix, joined."""
+        return self.prefix + self.suffix
+
+
+@dataclass(frozen=True)
+class Passages(Sequence[Passage]):
+    """A set of passages with unique ids; slices and filters give Passages again.
+
+    Raises:
+        InputError: two passages share an id.
+    """
+
+    items: tuple[Passage, ...]
+    origin: str = ""
+
+    def __post_init__(self) -> None:
+        seen: set[str] = set()
+        for item in self.items:
+            if item.id in seen:
+                raise InputError(f"{self.origin or 'passages'}: the id {item.id!r} occurs twice")
+            seen.add(item.id)
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def __iter__(self) -> Iterator[Passage]:
+        return iter(self.items)
+
+    @overload
+    def __getitem__(self, index: int) -> Passage: ...
+    @overload
+    def __getitem__(self, index: slice) -> Passages: ...
+    def __getitem__(self, index: int | slice) -> Passage | Passages:
+        return Passages(self.items[index], self.origin) if isinstance(index, slice) else self.items[index]
+
+    def __add__(self, other: Passages) -> Passages:
+        origin = " + ".join(dict.fromkeys(part for part in (self.origin, other.origin) if part))
+        return Passages(self.items + other.items, origin)
+
+    @property
+    def ids(self) -> tuple[str, ...]:
+        """The ids, in order."""
+        return tuple(item.id for item in self.items)
+
+    @cached_property
+    def digest(self) -> str:
+        """Digest of ids and tokens, in order; tags and origin do not count."""
+        return digest_json([[item.id, item.prefix, item.suffix] for item in self.items])
+
+    def where(self, keep: Callable[[Passage], bool]) -> Passages:
+        """Those for which `keep` holds."""
+        return Passages(tuple(item for item in self.items if keep(item)), self.origin)
+
+    def named(self, ids: Iterable[str]) -> Passages:
+        """Those called `ids`, in that order.
+
+        Raises:
+            InputError: an id is not there.
+        """
+        known = {item.id: item for item in self.items}
+        wanted = list(ids)
+        for name in wanted:
+            if name not in known:
+                raise InputError(f"{self.origin or 'passages'}: no passage has the id {name!r}")
+        return Passages(tuple(known[name] for name in wanted), self.origin)
+
+    @classmethod
+    def read(cls, path: str | Path, tokenizer: Any = None, *, prefix: int = 50, suffix: int = 50) -> Passages:
+        """Read JSONL, one record a line: `{"id","text"}`, `{"prefix","suffix"}` or `{"prefix_ids","suffix_ids"}`.
+
+        Ids already given win over text in the same record. Other keys are kept as tags.
+
+        Args:
+            path: the file, UTF-8.
+            tokenizer: a transformers tokenizer; not needed for records of ids.
+            prefix: tokens of a `text` that make its prefix.
+            suffix: at most that many tokens of a `text` after the prefix make its suffix.
+
+        Raises:
+            InputError: no such file, no record, or a line that cannot be used (its number is named).
+        """
+        items = []
+        for line, record in read_jsonl(path):
+            try:
+                items.append(_passage(record, line, tokenizer, prefix, suffix))
+            except InputError as error:
+                raise InputError(f"{path}, line {line}: {error}") from error
+        return cls(tuple(items), str(Path(path).name))
+
+    @classmethod
+    def from_texts(cls, texts: Iterable[str], tokenizer: Any, *, window: int, origin: str = "text") -> Passages:
+        """Ordinary text as windows: consecutive `window` tokens of each text, the first being the prefix.
+
+        Windows never cross texts; a rest of fewer than two tokens is dropped.
+
+        Raises:
+            InputError: no text gives a window.
+        """
+        items = []
+        for index, text in enumerate(texts):
+            ids = encode(tokenizer, text).ids
+            for start in range(0, len(ids) - 1, window):
+                part = ids[start : start + window]
+                if len(part) > 1:
+                    items.append(Passage(f"{origin}-{index}-{start}", part[:1], part[1:]))
+        if not items:
+            raise InputError(f"{origin}: no text of two tokens or more")
+        return cls(tuple(items), origin)
+
+    def check(self, vocab: int, context: int | None) -> None:
+        """Refuse tokens outside the vocabulary and rows longer than the context.
+
+        Raises:
+            InputError: names the passage.
+        """
+        for item in self.items:
+            worst = max(item.ids) if min(item.ids) >= 0 else min(item.ids)
+            if not 0 <= worst < vocab:
+                raise InputError(f"passage {item.id!r}: token id {worst} outside the vocabulary of {vocab}")
+            if context is not None and len(item.ids) > context:
+                raise InputError(
+                    f"passage {item.id!r}: {len(item.ids)} tokens, the model's context holds {context}; "
+                    "shorten the prefix or the suffix"
+                )
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A prompt in tokens.
+
+    Attributes:
+        ids: token ids.
+        subject: the subject's tokens as [start, end), or None where the prompt does not hold it.
+        text: the prompt's text.
+    """
+
+    ids: tuple[int, ...]
+    subject: tuple[int, int] | None
+    text: str
+
+
+@dataclass(frozen=True)
+class Neighbor:
+    """A prompt about something else, whose own answer should stay."""
+
+    prompt: Prompt
+    target: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Fact:
+    """A statement to change: `target` should replace `target_true` after `prompt`.
+
+    Attributes:
+        id: unique in its set.
+        template: the prompt as written, with {} for the subject.
+        subject: the subject's text.
+        prompt: the template filled in.
+        target: tokens of the new answer (a space before it included).
+        target_true: tokens of the present answer.
+        target_text: text of the new answer.
+        target_true_text: text of the present answer.
+        paraphrases: other phrasings of the prompt.
+        neighbors: prompts whose answers should stay.
+        tags: whatever else the record carried.
+    """
+
+    id: str
+    template: str
+    subject: str
+    prompt: Prompt
+    target: tuple[int, ...]
+    target_true: tuple[int, ...]
+    target_text: str
+    target_true_text: str
+    paraphrases: tuple[Prompt, ...] = ()
+    neighbors: tuple[Neighbor, ...] = ()
+    tags: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Facts(Sequence[Fact]):
+    """A set of facts; slices and filters give Facts again."""
+
+    items: tuple[Fact, ...]
+    origin: str = ""
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def __iter__(self) -> Iterator[Fact]:
+        return iter(self.items)
+
+    @overload
+    def __getitem__(self, index: int) -> Fact: ...
+    @overload
+    def __getitem__(self, index: slice) -> Facts: ...
+    def __getitem__(self, index: int | slice) -> Fact | Facts:
+        return Facts(self.items[index], self.origin) if isinstance(index, slice) else self.items[index]
+
+    @property
+    def ids(self) -> tuple[str, ...]:
+        """The ids, in order."""
+        return tuple(item.id for item in self.items)
+
+    @cached_property
+    def digest(self) -> str:
+        """Digest of ids and tokens of everything that is asked or answered."""
+        return digest_json(
+            [
+                [f.id, f.prompt.ids, f.target, f.target_true, [p.ids for p in f.paraphrases],
+                 [[n.prompt.ids, n.target] for n in f.neighbors]]
+                for f in self.items
+            ]
+        )  # fmt: skip
+
+    def where(self, keep: Callable[[Fact], bool]) -> Facts:
+        """Those for which `keep` holds."""
+        return Facts(tuple(item for item in self.items if keep(item)), self.origin)
+
+    def as_passages(self, which: str = "true") -> Passages:
+        """Prompts as prefixes with the present ("true") or the wanted ("new") answer as suffix."""
+        if which not in ("true", "new"):
+            raise InputError(f"which={which!r}: expected 'true' or 'new'")
+        answers = [(item, item.target_true if which == "true" else item.target) for item in self.items]
+        items = tuple(Passage(item.id, item.prompt.ids, answer, item.tags) for item, answer in answers)
+        return Passages(items, self.origin)
+
+    @classmethod
+    def read(cls, path: str | Path, tokenizer: Any) -> Facts:
+        """Read JSONL: `{"id","prompt" with {},"subject","target","target_true","paraphrases","neighbors"}`.
+
+        Paraphrases are strings, with {} for the subject or without it. A neighbour is a string (its answer is
+        `target_true`) or `{"prompt","target"}`; {} in one is an error, for the subject is not asked about there.
+
+        Raises:
+            InputError: no such file, no record, or a line that cannot be used (its number is named).
+        """
+        items = []
+        for line, record in read_jsonl(path):
+            try:
+                items.append(_fact(record, line, tokenizer))
+            except InputError as error:
+                raise InputError(f"{path}, line {line}: {error}") from error
+        if len({item.id for item in items}) < len(items):
+            raise InputError(f"{path}: two facts share an id")
+        return cls(tuple(items), str(Path(path).name))
+
+
+@dataclass(frozen=True)
+class Encoding:
+    """Token ids with the character span of each ([start, end); empty for tokens the tokenizer added)."""
+
+    ids: tuple[int, ...]
+    spans: tuple[tuple[int, int], ...]
+
+
+def encode(tokenizer: Any, text: str) -> Encoding:
+    """Tokenise with the tokenizer's own rules (a start token where it adds one), with character spans.
+
+    Raises:
+        InputError: no tokenizer, or one without spans (only the "fast" ones know them).
+    """
+    if tokenizer is None:
+        raise InputError(
+            "text needs a tokenizer and the model came without one; give prefix_ids and suffix_ids instead"
+        )
+    if not getattr(tokenizer, "is_fast", False):
+        raise InputError(f"{type(tokenizer).__name__} gives no character spans; use its fast version")
+    found = tokenizer(text, return_offsets_mapping=True, verbose=False)
+    return Encoding(tuple(found["input_ids"]), tuple((start, end) for start, end in found["offset_mapping"]))
+
+
+def decode(tokenizer: Any, ids: Sequence[int]) -> str:
+    """Text of token ids; the ids themselves, spelled out, where there is no tokenizer."""
+    if tokenizer is None:
+        return " ".join(f"⟨{token}⟩" for token in ids)
+    return str(tokenizer.decode(list(ids), clean_up_tokenization_spaces=False))
+
+
+def read_jsonl(path: str | Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Line number and record of every line that is not blank.
+
+    Raises:
+        InputError: no such file, not UTF-8, a line that is no JSON object (its number is named), or no record at all.
+    """
+    path = Path(path)
+    try:
+        lines = path.read_text(encoding="utf8").split("\n")
+    except (OSError, UnicodeDecodeError) as error:
+        why = "no such file" if isinstance(error, FileNotFoundError) else str(error)
+        raise InputError(f"{path}: {why}") from error
+    empty = True
+    for line, text in enumerate(lines, 1):
+        if not text.strip():
+            continue
+        empty = False
+        try:
+            record = json.loads(text)
+        except ValueError as error:
+            raise InputError(f"{path}, line {line}: not JSON ({error})") from error
+        if not isinstance(record, dict):
+            raise InputError(f"{path}, line {line}: expected an object, found {type(record).__name__}")
+        yield line, record
+    if empty:
+        raise InputError(f"{path}: no record in it; expected one JSON object a line")
+
+
+def _passage(record: dict[str, Any], line: int, tokenizer: Any, prefix: int, suffix: int) -> Passage:
+    name = str(record.get("id", f"row-{line}"))
+    used = {"id", "text", "prefix", "suffix", "prefix_ids", "suffix_ids"}
+    tags = {key: value for key, value in record.items() if key not in used}
+    if "prefix_ids" in record or "suffix_ids" in record:
+        return Passage(name, _ids(record, "prefix_ids"), _ids(record, "suffix_ids"), tags)
+    if "prefix" in record or "suffix" in record:
+        head, tail = _text(record, "prefix"), _text(record, "suffix")
+        encoding = encode(tokenizer, head + tail)
+        cut = sum(end <= len(head) for _, end in encoding.spans)
+        merged = any(start < len(head) < end for start, end in encoding.spans)
+        return Passage(name, encoding.ids[:cut], encoding.ids[cut:], tags, merged)
+    if "text" in record:
+        ids = encode(tokenizer, _text(record, "text")).ids
+        if len(ids) <= prefix:
+            raise InputError(f"text of {len(ids)} tokens, shorter than its prefix of {prefix} and one token of suffix")
+        return Passage(name, ids[:prefix], ids[prefix : prefix + suffix], tags)
+    raise InputError(f"found keys {', '.join(sorted(record)) or 'none'}; expected {FORMS}")
+
+
+def _fact(record: dict[str, Any], line: int, tokenizer: Any) -> Fact:
+    template, subject = _text(record, "prompt"), _text(record, "subject")
+    if template.count("{}") != 1 and subject not in template:
+        raise InputError(f"subject {subject!r} is not in the prompt {template!r}; mark its place with {{}}")
+    prompt = _prompt(tokenizer, template, subject)
+    target, true = _text(record, "target"), _text(record, "target_true")
+    paraphrases = tuple(_prompt(tokenizer, text, subject) for text in _strings(record, "paraphrases"))
+    neighbors = tuple(_neighbor(tokenizer, entry, true) for entry in record.get("neighbors", []))
+    used = {"id", "prompt", "subject", "target", "target_true", "paraphrases", "neighbors"}
+    return Fact(
+        id=str(record.get("id", f"row-{line}")),
+        template=template,
+        subject=subject,
+        prompt=prompt,
+        target=_answer(tokenizer, prompt, target),
+        target_true=_answer(tokenizer, prompt, true),
+        target_text=target,
+        target_true_text=true,
+        paraphrases=paraphrases,
+        neighbors=neighbors,
+        tags={key: value for key, value in record.items() if key not in used},
+    )
+
+
+def _neighbor(tokenizer: Any, entry: Any, true: str) -> Neighbor:
+    text, answer = (entry, true) if isinstance(entry, str) else (_text(entry, "prompt"), _text(entry, "target"))
+    if "{}" in text:
+        raise InputError(f"neighbour {text!r} holds {{}}; write its own subject out")
+    prompt = _prompt(tokenizer, text, None)
+    return Neighbor(prompt, _answer(tokenizer, prompt, answer))
+
+
+def _prompt(tokenizer: Any, template: str, subject: str | None) -> Prompt:
+    text = template if subject is None else template.replace("{}", subject)
+    encoding = encode(tokenizer, text)
+    start = -1 if subject is None else (template.find("{}") if "{}" in template else text.find(subject))
+    if subject is None or start < 0:
+        return Prompt(encoding.ids, None, text)
+    end = start + len(subject)
+    inside = [index for index, (a, b) in enumerate(encoding.spans) if a < end and b > start]
+    if not inside:
+        raise InputError(f"the subject {subject!r} has no token of its own in {text!r}")
+    return Prompt(encoding.ids, (inside[0], inside[-1] + 1), text)
+
+
+def _answer(tokenizer: Any, prompt: Prompt, answer: str) -> tuple[int, ...]:
+    """Tokens of the answer as they follow the prompt: tokenised jointly, cut where the prompt ends."""
+    spaced = answer if answer[:1].isspace() else " " + answer
+    joint = encode(tokenizer, prompt.text + spaced)
+    cut = len(prompt.ids)
+    # A tokenizer that ends a text with a token of its own ends the prompt alone with it too.
+    while cut and joint.ids[:cut] != prompt.ids[:cut]:
+        cut -= 1
+    if cut < len(prompt.ids) or cut == len(joint.ids):
+        raise InputError(f"{prompt.text!r} and {answer!r} share a token; end the prompt before its last space")
+    return joint.ids[cut:]
+
+
+def _text(record: Any, key: str) -> str:
+    value = record.get(key) if isinstance(record, dict) else None
+    if not isinstance(value, str) or not value:
+        raise InputError(f"{key!r} should be a text that is not empty, found {value!r}")
+    return value
+
+
+def _strings(record: dict[str, Any], key: str) -> list[str]:
+    value = record.get(key, [])
+    if not isinstance(value, list) or not all(isinstance(entry, str) and entry for entry in value):
+        raise InputError(f"{key!r} should be a list of texts, found {value!r}")
+    return value
+
+
+def _ids(record: dict[str, Any], key: str) -> tuple[int, ...]:
+    value = record.get(key)
+    plain = isinstance(value, list) and all(isinstance(entry, int) and not isinstance(entry, bool) for entry in value)
+    if not plain or not value:
+        raise InputError(f"{key!r} should be a list of token ids that is not empty, found {value!r}")
+    return tuple(value)

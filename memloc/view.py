@@ -1,0 +1,459 @@
+"""ModelView: a live model seen through its family's row, which is proved on load.
+
+Weights are `[out, in]` for every family. Two sites serve nearly every method: the input of `mlp.out` (the neurons)
+and the input of `attn.out` (the heads). The view looks; it has no method that writes a weight.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import hashlib
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from memloc import hooks
+from memloc.architectures import Place, Row, row_for
+from memloc.batches import Batch, batches
+from memloc.errors import CheckpointError, InputError, ModelError
+from memloc.passages import Passages
+from memloc.provenance import digest_tensor
+from memloc.sites import OUTSIDE, Kind, Site
+
+TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
+"""How far an output may be from input @ weight.T + bias, relative to its largest entry."""
+
+
+class ModelView:
+    """A model through its row. Build one with `ModelView.open`.
+
+    Args:
+        model: a transformers causal language model, put into evaluation mode.
+        row: the family's row.
+        tokenizer: its tokenizer, or None.
+        name: what to call it in reports.
+
+    Raises:
+        ModelError: a parameter is quantised, offloaded or not finite.
+    """
+
+    def __init__(self, model: Any, row: Row, tokenizer: Any = None, name: str = "") -> None:
+        self.model: Any = model.eval()
+        self.row = row
+        self.tokenizer = tokenizer
+        self.config: Any = self.model.config
+        self.name = name or type(model).__name__
+        self.layers = int(self.config.num_hidden_layers)
+        self.heads = int(self.config.num_attention_heads)
+        self.kv_heads = int(getattr(self.config, "num_key_value_heads", None) or self.heads)
+        self.width = int(self.config.hidden_size)
+        self.head_width = int(getattr(self.config, "head_dim", None) or self.width // self.heads)
+        self.vocab = int(self.config.vocab_size)
+        self.context: int | None = getattr(self.config, "max_position_embeddings", None)
+        self._modules: dict[str, Any] = dict(model.named_modules())
+        self._names = {id(parameter): name for name, parameter in model.named_parameters()}
+        self._check_parameters()
+        self.neurons = self.weight(Site(0, Kind.MLP_OUT)).shape[1]
+
+    @classmethod
+    def open(
+        cls,
+        model: str | Path | nn.Module | ModelView,
+        *,
+        tokenizer: Any = None,
+        dtype: torch.dtype | None = None,
+        device: str | torch.device | None = None,
+        prove: bool = True,
+    ) -> ModelView:
+        """Look at a model in memory, a local checkpoint folder, or a name on the hub; prove its row.
+
+        Args:
+            model: a transformers model, a folder, a hub name, or a view (returned as it is).
+            tokenizer: given where `model` is in memory and text is to be read.
+            dtype: load in this dtype; by default the stored one.
+            device: where to put a loaded model; by default the CPU.
+            prove: check the row by arithmetic on one small forward (some milliseconds for small models).
+
+        Raises:
+            CheckpointError: the folder cannot be read, or holds only pickles.
+            ModelError: unknown family, quantised, offloaded, not finite, or the row fails its proof.
+        """
+        if isinstance(model, ModelView):
+            return model
+        name = ""
+        if not isinstance(model, nn.Module):
+            name = str(model)
+            model, found = load(model, dtype)
+            tokenizer = tokenizer if tokenizer is not None else found
+        if device is not None:
+            model = model.to(device)
+        view = cls(model, row_for(model.config), tokenizer, name)
+        if prove:
+            prove_row(view)
+        return view
+
+    # -- places -------------------------------------------------------------------------------------------------
+
+    def module(self, site: Site) -> nn.Module:
+        """The module that holds `site`.
+
+        Raises:
+            InputError: the family has no such site, or the model fewer layers.
+        """
+        if site.kind is Kind.EMBED or site.kind is Kind.UNEMBED:
+            return self._module(self.row.embed if site.kind is Kind.EMBED else self.row.unembed)
+        path = self.row.path(site.kind)
+        if path is None or not 0 <= site.layer < self.layers:
+            raise InputError(f"{site}: not in {self.row.family} with {self.layers} layers")
+        return self._module(f"{self.row.blocks}.{site.layer}.{path}")
+
+    def block(self, layer: int) -> nn.Module:
+        """Block `layer`."""
+        if not 0 <= layer < self.layers:
+            raise InputError(f"layer {layer}: the model has {self.layers}, counted from 0")
+        return self._module(f"{self.row.blocks}.{layer}")
+
+    def has(self, site: Site) -> bool:
+        """Whether the model has `site` (and, for a bias, whether that map has one)."""
+        if site.kind.in_block and (self.row.path(site.kind) is None or not 0 <= site.layer < self.layers):
+            return False
+        return not site.bias or getattr(self.module(site), "bias", None) is not None
+
+    def sites(self, *kinds: Kind) -> tuple[Site, ...]:
+        """All sites of `kinds` the family has, by layer."""
+        wanted = [Site(layer, kind) for layer in range(self.layers) for kind in kinds if kind.in_block]
+        outside = [Site(OUTSIDE, kind) for kind in kinds if not kind.in_block]
+        return tuple(site for site in (*wanted, *outside) if self.has(site))
+
+    @property
+    def kinds(self) -> tuple[Kind, ...]:
+        """The kinds of linear map a block of this family has."""
+        return tuple(kind for kind in Kind if kind.in_block and self.row.path(kind) is not None)
+
+    def parameter(self, site: Site) -> nn.Parameter:
+        """The stored parameter that holds `site`, in its stored layout."""
+        found = getattr(self.module(site), "bias" if site.bias else "weight", None)
+        if not isinstance(found, nn.Parameter):
+            raise InputError(f"{site}: {type(self.module(site)).__name__} holds no such parameter")
+        return found
+
+    def place(self, site: Site) -> Place:
+        """Where the weight of `site` lies: parameter name, orientation, rows of a fused matrix."""
+        name = self._names[id(self.parameter(site))]
+        transposed = self.row.stored_in_out and site.kind.in_block and not site.bias
+        fused = self.row.fused is not None and site.kind in (Kind.ATTN_Q, Kind.ATTN_K, Kind.ATTN_V)
+        if not fused or self.row.fused is None:
+            return Place(name, transposed)
+        return Place(name, transposed, self.row.fused.rows(site.kind, self.heads, self.kv_heads, self.head_width))
+
+    def weight(self, site: Site) -> Tensor:
+        """The weight `[out, in]` (or bias `[out]`): a view on the model's memory; a copy for interleaved fused maps."""
+        return self.place(site).read(self.parameter(site))
+
+    def tied(self, parameter: str) -> tuple[str, ...]:
+        """Other names of the same parameter ("lm_head.weight" where the unembedding is the embedding)."""
+        mine = self.model.get_parameter(parameter)
+        names = [name for name, other in self.model.named_parameters(remove_duplicate=False) if other is mine]
+        return tuple(name for name in names if name != parameter)
+
+    # -- looking ------------------------------------------------------------------------------------------------
+
+    def record(
+        self, sites: Iterable[Site], *, side: hooks.Side = "input", grad: bool = False, stop: bool = False
+    ) -> AbstractContextManager[dict[Site, Tensor]]:
+        """What flows into (or out of) `sites`: site to `[n, t, width]`; see `hooks.record`.
+
+        The output of a query, key or value site of a fused map is the whole fused output.
+        """
+        return hooks.record(self._points(sites, side), grad=grad, stop=stop)
+
+    def replace(
+        self, sites: Iterable[Site], change: Callable[[Site, Tensor], Tensor], *, side: hooks.Side = "input"
+    ) -> AbstractContextManager[None]:
+        """Put `change(site, tensor)` in the place of what flows into (or out of) `sites`; see `hooks.replace`."""
+        return hooks.replace(self._points(sites, side), change)
+
+    def record_blocks(
+        self, layers: Iterable[int], *, side: hooks.Side = "output", grad: bool = False, stop: bool = False
+    ) -> AbstractContextManager[dict[int, Tensor]]:
+        """The residual stream after (or before) blocks: layer to `[n, t, d]`."""
+        points = {layer: hooks.Point(self.block(layer), side) for layer in layers}
+        return hooks.record(points, grad=grad, stop=stop)
+
+    def replace_blocks(
+        self, layers: Iterable[int], change: Callable[[int, Tensor], Tensor], *, side: hooks.Side = "output"
+    ) -> AbstractContextManager[None]:
+        """Put `change(layer, tensor)` in the place of the residual stream after (or before) blocks."""
+        return hooks.replace({layer: hooks.Point(self.block(layer), side) for layer in layers}, change)
+
+    def hidden(self, batch: Batch) -> Tensor:
+        """The residual stream after the final norm, `[n, t, d]`; the unembedding is not run."""
+        found: Tensor = self._base()(**self._inputs(batch)).last_hidden_state
+        return found
+
+    def logits(self, batch: Batch) -> Tensor:
+        """All logits `[n, t, v]`, in the model's dtype. Prefer `logits_at` where few positions count."""
+        found: Tensor = self.model(**self._inputs(batch)).logits
+        return found
+
+    def logits_at(self, batch: Batch, rows: Tensor, columns: Tensor) -> Tensor:
+        """Logits `[k, v]`, float32 (float64 stays), at the positions (rows[i], columns[i]) only."""
+        return self.unembed(self.hidden(batch)[rows, columns])
+
+    def unembed(self, hidden: Tensor) -> Tensor:
+        """Logits of normed residual vectors `[..., d]` as `[..., v]`, float32 (float64 stays)."""
+        logits: Tensor = self._modules[self.row.unembed](hidden)
+        return logits if logits.dtype == torch.float64 else logits.float()
+
+    def final_norm(self, hidden: Tensor) -> Tensor:
+        """The norm before the unembedding."""
+        normed: Tensor = self._modules[self.row.final_norm](hidden)
+        return normed
+
+    def tail(self, layer: int, batch: Batch) -> Tail:
+        """Everything above block `layer`, ready to be run again and again on changed residuals of `batch`.
+
+        Cost: one forward here; each `Tail.hidden` then costs only the blocks above.
+        """
+        above = {index: self.block(index) for index in range(layer + 1, self.layers)}
+        with torch.no_grad(), hooks.record_calls(above) as calls, self.record_blocks([layer]) as seen:
+            self.hidden(batch)
+        return Tail(self, layer, seen[layer], calls)
+
+    def batches(self, passages: Passages, *, size: int = 32) -> Iterator[Batch]:
+        """Batches of `passages` on the model's device, checked against vocabulary and context first.
+
+        Raises:
+            InputError: a token outside the vocabulary or a row longer than the context (the passage is named).
+        """
+        passages.check(self.vocab, self.context)
+        return batches(passages, size=size, device=self.device)
+
+    # -- the model as a whole -----------------------------------------------------------------------------------
+
+    @property
+    def device(self) -> torch.device:
+        """Where the embedding lies, and so where batches belong."""
+        return self.parameter(Site(OUTSIDE, Kind.EMBED)).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of the first block's maps."""
+        return self.parameter(Site(0, Kind.MLP_OUT)).dtype
+
+    @property
+    def digest(self) -> str:
+        """Digest of all parameters, by name. Cost: one pass over the weights, each time it is asked."""
+        total = hashlib.sha256()
+        for name, parameter in sorted(self.model.named_parameters()):
+            total.update(f"{name}:{digest_tensor(parameter)}\n".encode())
+        return total.hexdigest()
+
+    def copy(self) -> ModelView:
+        """A view on a deep copy of the model, for work that must change weights; this one is untouched."""
+        return ModelView(copy.deepcopy(self.model), self.row, self.tokenizer, self.name)
+
+    @contextlib.contextmanager
+    def trainable(self, parameters: Sequence[nn.Parameter] = ()) -> Iterator[None]:
+        """Gradients for `parameters` only (by default for none: cheaper backward passes); as before afterwards."""
+        before = [(parameter, parameter.requires_grad) for parameter in self.model.parameters()]
+        wanted = {id(parameter) for parameter in parameters}
+        try:
+            for parameter, _ in before:
+                parameter.requires_grad_(id(parameter) in wanted)
+            yield
+        finally:
+            for parameter, flag in before:
+                parameter.requires_grad_(flag)
+                parameter.grad = None
+
+    def frozen(self) -> AbstractContextManager[None]:
+        """No gradients for any parameter inside the block; activations may still have them."""
+        return self.trainable()
+
+    def _module(self, path: str) -> nn.Module:
+        try:
+            found: nn.Module = self._modules[path]
+        except KeyError:
+            where = f"the row of {self.row.family} names {path}, which {self.name} has not"
+            raise ModelError(f"{where}; check memloc/architectures.py") from None
+        return found
+
+    def _points(self, sites: Iterable[Site], side: hooks.Side) -> dict[Site, hooks.Point]:
+        return {site: hooks.Point(self.module(site), side) for site in sites}
+
+    def _base(self) -> Any:
+        return getattr(self.model, self.model.base_model_prefix)
+
+    def _inputs(self, batch: Batch) -> dict[str, Any]:
+        mask = batch.mask.long() if batch.padded else None
+        return {"input_ids": batch.ids, "attention_mask": mask, "use_cache": False}
+
+    @cached_property
+    def _quantised(self) -> bool:
+        return getattr(self.config, "quantization_config", None) is not None
+
+    def _check_parameters(self) -> None:
+        for name, parameter in self.model.named_parameters():
+            if parameter.device.type == "meta":
+                raise ModelError(
+                    f"{name} is offloaded (on the meta device); load the model whole, with no disk offload"
+                )
+            if self._quantised or not parameter.is_floating_point():
+                raise ModelError(f"{name} is quantised ({parameter.dtype}); load the model in its full-precision form")
+            if parameter.numel() and not bool(torch.isfinite(parameter.detach().abs().max())):
+                raise ModelError(
+                    f"{name} holds values that are not finite (NaN or infinite); the checkpoint is damaged"
+                )
+
+
+class Tail:
+    """The blocks above one layer, on one batch. Made by `ModelView.tail`.
+
+    Attributes:
+        residual: [n, t, d] what block `layer` put out, unchanged.
+    """
+
+    def __init__(self, view: ModelView, layer: int, residual: Tensor, calls: Mapping[int, hooks.Call]) -> None:
+        self.view, self.layer, self.residual = view, layer, residual
+        self._calls = dict(calls)
+
+    def hidden(self, residual: Tensor) -> Tensor:
+        """After the final norm, `[n, t, d]`, were the residual after block `layer` this one; differentiable."""
+        for layer in range(self.layer + 1, self.view.layers):
+            call = self._calls[layer]
+            residual = hooks.first(self.view.block(layer)(residual, *call.args, **call.kwargs))
+        return self.view.final_norm(residual)
+
+
+def load(model: str | Path, dtype: torch.dtype | None = None) -> tuple[nn.Module, Any]:
+    """A causal language model and its tokenizer (or None) from a folder or a hub name, in the stored dtype.
+
+    Only safetensors are read and no code of the checkpoint is run.
+
+    Raises:
+        CheckpointError: missing, truncated, pickled, or with weights missing.
+        ModelError: the family has no row.
+    """
+    from safetensors import SafetensorError
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, logging
+
+    folder = Path(model)
+    if folder.exists():
+        _check_folder(folder)
+    elif str(model).startswith((".", "/", "~")) or str(model).count("/") > 1:
+        raise CheckpointError(f"{model}: no such folder")
+    level = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        row_for(AutoConfig.from_pretrained(str(model)))
+        loaded, info = AutoModelForCausalLM.from_pretrained(
+            str(model), dtype=dtype or "auto", use_safetensors=True, output_loading_info=True
+        )
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
+        raise CheckpointError(f"{model} cannot be loaded: {' '.join(str(error).split())[:300]}") from error
+    finally:
+        logging.set_verbosity(level)
+    missing = sorted(info.get("missing_keys", ())) + sorted(map(str, info.get("mismatched_keys", ())))
+    if missing:
+        raise CheckpointError(f"{model} lacks {len(missing)} weights of its own config, the first {missing[0]}")
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(str(model))
+    except (OSError, ValueError, KeyError, TypeError):
+        tokenizer = None
+    return loaded, tokenizer
+
+
+def _check_folder(folder: Path) -> None:
+    if not folder.is_dir():
+        raise CheckpointError(f"{folder} is a file; name the checkpoint's folder")
+    if not (folder / "config.json").is_file():
+        raise CheckpointError(f"{folder} has no config.json, so it is not a checkpoint folder")
+    if not any(folder.glob("*.safetensors")):
+        pickles = sorted(path.name for path in folder.iterdir() if path.suffix in (".bin", ".pt", ".pth", ".ckpt"))
+        if pickles:
+            raise CheckpointError(
+                f"{folder} holds only pickles ({pickles[0]}), which can run code; convert to safetensors"
+            )
+        raise CheckpointError(f"{folder} holds no .safetensors file")
+
+
+def prove_row(view: ModelView) -> None:
+    """Check by arithmetic, on one forward of two short random rows, that the row tells the truth about this model.
+
+    Proved: every map puts out input @ weight.T + bias; heads are read as the values they are at position 0 (where
+    attention can see one token only); each block adds its two maps' outputs to its input; the logits are the
+    unembedded final norm.
+
+    Raises:
+        ModelError: names the first place that differs, by how much, and what to look at.
+    """
+    generator = torch.Generator().manual_seed(0)
+    length = min(6, view.context or 6)
+    ids = torch.randint(view.vocab, (2, length), generator=generator).to(view.device)
+    full = torch.full((2,), length, device=view.device)
+    batch = Batch(ids, full, full, (0, 1))
+    sites = view.sites(*view.kinds)
+    layers = range(view.layers)
+    with (
+        torch.no_grad(),
+        view.record(sites) as inputs,
+        view.record(sites, side="output") as outputs,
+        view.record_blocks(layers, side="input") as before,
+        view.record_blocks(layers) as after,
+    ):
+        logits = view.logits(batch)
+    for site in sites:
+        _prove_map(view, site, inputs[site], outputs[site])
+    for layer in layers:
+        _prove_values(view, layer, inputs, outputs)
+        added = before[layer] + outputs[Site(layer, Kind.ATTN_OUT)] + outputs[Site(layer, Kind.MLP_OUT)]
+        _same(
+            f"L{layer}", "the block's output", added, after[layer], "input + attention + mlp; check attn.out, mlp.out"
+        )
+    with torch.no_grad():
+        spoken = view.unembed(view.final_norm(after[view.layers - 1]))
+    _same("unembed", "the logits", spoken, logits, "the unembedded final norm; check final_norm and unembed")
+
+
+def _prove_map(view: ModelView, site: Site, entering: Tensor, leaving: Tensor) -> None:
+    weight, place = view.weight(site).detach(), view.place(site)
+    if entering.shape[-1] != weight.shape[1]:
+        raise ModelError(
+            f"{site}: input has {entering.shape[-1]} entries, weight is {list(weight.shape)}; check stored_in_out"
+        )
+    made = entering.to(torch.float64) @ weight.to(torch.float64).T
+    if view.has(Site(site.layer, site.kind, bias=True)):
+        made = made + view.weight(Site(site.layer, site.kind, bias=True)).detach().to(torch.float64)
+    if isinstance(place.rows, slice):
+        leaving = leaving[..., place.rows]
+    elif place.rows is not None:
+        leaving = leaving[..., list(place.rows)]
+    _same(str(site), "output", made, leaving, "input @ weight.T; check stored_in_out and the paths")
+
+
+def _prove_values(view: ModelView, layer: int, inputs: Mapping[Site, Tensor], outputs: Mapping[Site, Tensor]) -> None:
+    value = Site(layer, Kind.ATTN_V)
+    rows = view.place(value).rows
+    made = outputs[value][:, 0]
+    if rows is not None:
+        made = made[:, rows] if isinstance(rows, slice) else made[:, list(rows)]
+    groups = view.heads // view.kv_heads
+    made = made.view(len(made), view.kv_heads, -1).repeat_interleave(groups, 1).flatten(1)
+    heads = inputs[Site(layer, Kind.ATTN_OUT)][:, 0]
+    if made.shape != heads.shape:
+        raise ModelError(f"{value}: {made.shape[1]} values for {heads.shape[1]} head entries; check fused and head_dim")
+    _same(str(value), "values at position 0", made, heads, "what the heads put out; check the fused layout")
+
+
+def _same(place: str, what: str, made: Tensor, found: Tensor, hint: str) -> None:
+    scale = float(found.abs().max()) or 1.0
+    gap = float((made.to(torch.float64) - found.to(torch.float64)).abs().max())
+    if not gap <= TOLERANCE.get(found.dtype, 1e-4) * scale:
+        raise ModelError(f"{place}: {what} differs by {gap:.2g} from {hint} (memloc/architectures.py)")
