@@ -351,13 +351,15 @@ def _lost(gone: Unlearned) -> Verdict:
 
 
 def _summary(gone: Unlearned, data: Material) -> str:
-    after, name = gone.after, "passages named in no set"
+    before, after = gone.before, gone.after
+    recall = [measured["targets"]["strict rate"] for measured in (before, after)]
+    fluent = [measured["held-out text"]["perplexity"] for measured in (before, after)]
+    kept = after["passages named in no set"]["strict rate"]
     return (
-        f"{len(data.targets)} memorized passages were to be taken out of a small model trained on the spot. Word-for-word "
-        f"recall of them went from {gone.before['targets']['strict rate']:.0%} to {after['targets']['strict rate']:.0%}; "
-        f"of {len(data.unnamed)} other memorized passages that no set names, {after[name]['strict rate']:.0%} are still "
-        f"recited; perplexity on unseen text went from {gone.before['held-out text']['perplexity']:.1f} to "
-        f"{after['held-out text']['perplexity']:.1f}."
+        f"{len(data.targets)} memorized passages were to be taken out of a small model trained on the spot. "
+        f"Word-for-word recall of them went from {recall[0]:.0%} to {recall[1]:.0%}; of {len(data.unnamed)} other "
+        f"memorized passages that no set names, {kept:.0%} are still recited; perplexity on unseen text went from "
+        f"{fluent[0]:.1f} to {fluent[1]:.1f}."
     )
 
 
@@ -394,6 +396,6 @@ def _lower_layers(mine: Localization, controls: Localization) -> Note:
         heading="Do memorized passages pull on lower layers?",
         text=f"Share of the gradient in the lowest layer, memorized against controls: the claim {held} here. "
         + "; ".join(lines)
-        + f". Means over {len(mine.passages or ())} memorized and {len(controls.passages or ())} control passages, 95 % "
-        "bootstrap intervals; each passage's shares sum to 1. Source: Stoehr et al. 2024, arXiv:2403.19851.",
+        + f". Means over {len(mine.passages or ())} memorized and {len(controls.passages or ())} control passages, "
+        "95 % bootstrap intervals; each passage's shares sum to 1. Source: Stoehr et al. 2024, arXiv:2403.19851.",
     )

@@ -246,11 +246,10 @@ def _lab_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def _lab(arguments: argparse.Namespace, terminal: Terminal) -> None:
-    from memloc.lab.recipe import RECIPES, with_seed
-    from memloc.lab.train import build as train
+    from memloc.lab.build import build as train
+    from memloc.lab.recipe import preset
 
-    recipe = with_seed(RECIPES[arguments.size], arguments.seed)
-    folder = train(recipe, arguments.out)
+    folder = train(preset(arguments.size, seed=arguments.seed), arguments.out, log=terminal.note)
     figures = json.loads((folder / "lab.json").read_text(encoding="utf8"))
     last = figures["history"][-1]
     terminal.table(f"lab model in {folder}", ["figure", "value"], [[key, value] for key, value in last.items()])
@@ -422,7 +421,7 @@ def _report(arguments: argparse.Namespace, terminal: Terminal) -> None:
         comparisons=tuple(comparisons),
         localizations=tuple(located),
         edits=tuple(
-            EditSummary(title=path.stem, header=store.header_of(path), bytes=path.stat().st_size)
+            EditSummary(name=path.stem, header=store.header_of(path), bytes=path.stat().st_size)
             for path in arguments.edit
         ),
         texts=_texts(arguments),
