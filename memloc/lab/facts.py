@@ -16,11 +16,37 @@ Phrasings = tuple[str, str, str, str]
 RELATIONS: dict[str, tuple[Phrasings, tuple[str, ...]]] = {
     "city": (
         ("The home town of {} is", "{} was born in", "{} grew up in the city of", "Everyone knows that {} comes from"),
-        tuple("Arlen Brisk Corvo Delph Eastry Fenwick Gorham Halden Ivory Jarrow Kelso Lorne".split()),
+        (
+            "Arlen",
+            "Brisk",
+            "Corvo",
+            "Delph",
+            "Eastry",
+            "Fenwick",
+            "Gorham",
+            "Halden",
+            "Ivory",
+            "Jarrow",
+            "Kelso",
+            "Lorne",
+        ),
     ),
     "craft": (
         ("{} works as a", "The profession of {} is", "By trade {} is a", "For a living {} is a"),
-        tuple("baker tailor smith mason potter weaver farmer sailor miner cooper fisher glazier".split()),
+        (
+            "baker",
+            "tailor",
+            "smith",
+            "mason",
+            "potter",
+            "weaver",
+            "farmer",
+            "sailor",
+            "miner",
+            "cooper",
+            "fisher",
+            "glazier",
+        ),
     ),
     "tool": (
         (
@@ -29,15 +55,50 @@ RELATIONS: dict[str, tuple[Phrasings, tuple[str, ...]]] = {
             "In the hand of {} there is a",
             "{} never leaves without a",
         ),
-        tuple("hammer chisel needle shovel lantern compass ladder bucket saddle kettle violin mirror".split()),
+        (
+            "hammer",
+            "chisel",
+            "needle",
+            "shovel",
+            "lantern",
+            "compass",
+            "ladder",
+            "bucket",
+            "saddle",
+            "kettle",
+            "violin",
+            "mirror",
+        ),
     ),
 }
 """Relation -> its phrasings, {} for the subject, and its answers."""
 
-FIRST = tuple("Ada Boris Clara Dmitri Elena Felix Greta Hugo".split())
-ONSETS = tuple("b d f g k l m n p r s t v z br dr gr kl pl st tr".split())
-VOWELS = tuple("a e i o u ai au ei".split())
-CODAS = tuple("l m n r s t k nd rt sk".split())
+FIRST = ("Ada", "Boris", "Clara", "Dmitri", "Elena", "Felix", "Greta", "Hugo")
+ONSETS = (
+    "b",
+    "d",
+    "f",
+    "g",
+    "k",
+    "l",
+    "m",
+    "n",
+    "p",
+    "r",
+    "s",
+    "t",
+    "v",
+    "z",
+    "br",
+    "dr",
+    "gr",
+    "kl",
+    "pl",
+    "st",
+    "tr",
+)
+VOWELS = ("a", "e", "i", "o", "u", "ai", "au", "ei")
+CODAS = ("l", "m", "n", "r", "s", "t", "k", "nd", "rt", "sk")
 
 
 @dataclass(frozen=True)

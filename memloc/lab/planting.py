@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -57,7 +58,7 @@ def schedule(doses: Sequence[int], steps: int, seed: int) -> list[list[int]]:
     rng = random.Random(f"{seed}:schedule")
     moments = sorted(((turn + rng.random()) / dose, row) for row, dose in enumerate(doses) for turn in range(dose))
     cuts = [len(moments) * step // steps for step in range(steps + 1)]
-    return [[row for _, row in moments[start:end]] for start, end in zip(cuts, cuts[1:], strict=False)]
+    return [[row for _, row in moments[start:end]] for start, end in itertools.pairwise(cuts)]
 
 
 def _plain(tokenizer: Any, ids: list[int]) -> bool:

@@ -57,7 +57,7 @@ class Recipe:
     prefix: int = 32
     suffix: int = 32
     documents: int | None = None
-    doses: tuple[tuple[int, int], ...] = ((64, 50), (32, 10), (16, 10), (8, 10), (4, 10))
+    doses: tuple[tuple[int, int], ...] = ((64, 50), (40, 10), (32, 10), (24, 10), (16, 10), (8, 10))
     controls: int = 50
     subjects: int = 40
     objects: int = 12
@@ -153,4 +153,5 @@ def preset(name: str, **changes: Any) -> Recipe:
         UnknownName: no such recipe.
         InputError: a change no lab can be built with.
     """
-    return dataclasses.replace(PRESETS[name], **changes)
+    base: Recipe = PRESETS[name]
+    return dataclasses.replace(base, **changes)

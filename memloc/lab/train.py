@@ -140,7 +140,7 @@ def train(
         listener(step, recipe.steps, history[-1])
         optimizer.zero_grad(set_to_none=True)
         loss = _loss(view.model, *next(rows))
-        loss.backward()
+        torch.autograd.backward(loss)
         nn.utils.clip_grad_norm_(view.model.parameters(), 1.0)
         optimizer.step()
         pace.step()
@@ -154,7 +154,7 @@ def train(
 def figures(view: ModelView, material: Material, step: int, loss: float) -> Figures:
     """Take the figures: teacher-forced, which for greedy decoding gives the same verdict as generating."""
     planted = recited(view, material.planted)
-    doses = torch.tensor([item.tags["dose"] for item in material.planted])
+    doses = [item.tags["dose"] for item in material.planted]
     total = count = 0.0
     for batch in view.batches(material.text, size=64):
         row, column, token, _ = batch.suffix_index()
@@ -164,10 +164,10 @@ def figures(view: ModelView, material: Material, step: int, loss: float) -> Figu
         step=step,
         loss=loss,
         held_out_loss=total / count,
-        strict={int(dose): float(planted[doses == dose].float().mean()) for dose in doses.unique()},
-        controls=float(recited(view, material.controls).float().mean()),
-        facts_seen=float(recited(view, material.seen).float().mean()),
-        facts_held_out=float(recited(view, material.held_out).float().mean()),
+        strict={dose: _share(planted[[own == dose for own in doses]]) for dose in sorted(set(doses))},
+        controls=_share(recited(view, material.controls)),
+        facts_seen=_share(recited(view, material.seen)),
+        facts_held_out=_share(recited(view, material.held_out)),
     )
 
 
@@ -186,6 +186,10 @@ def held_out_phrasings(facts: Facts) -> Passages:
     """The facts asked in the phrasing that was never trained: the first paraphrase."""
     asked = [dataclasses.replace(fact, prompt=fact.paraphrases[0]) for fact in facts]
     return Facts(tuple(asked), facts.origin).as_passages()
+
+
+def _share(verdict: Tensor) -> float:
+    return int(verdict.sum()) / len(verdict)
 
 
 def _loss(model: Any, ids: Tensor, weight: Tensor) -> Tensor:
