@@ -25,6 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from editors.binding import Found, Touched
 from editors.edit import Edit
 from editors.patch import DTYPES, Survival
 from editors.shards import INDEX, PICKLES, Entry, Weights, open_weights
@@ -65,6 +66,17 @@ class Written:
     linked: tuple[str, ...] = ()
     dropped: Mapping[str, str] = field(default_factory=dict)
 
+    def to_json(self) -> dict[str, Any]:
+        """As JSON values."""
+        return {
+            "folder": str(self.folder),
+            "tensors": {name: [str(site) for site in sites] for name, sites in self.tensors.items()},
+            "survived": {str(site): entry.to_json() for site, entry in self.survived.items()},
+            "copied": list(self.copied),
+            "linked": list(self.linked),
+            "dropped": dict(self.dropped),
+        }
+
 
 def apply_edit(edit: Edit, model: str | Path, out: str | Path, *, link: bool = False) -> Written:
     """Write the checkpoint folder `out`: `model` with `edit` in it.
@@ -92,8 +104,8 @@ def apply_edit(edit: Edit, model: str | Path, out: str | Path, *, link: bool = F
 
     listed = _read_manifest(job.source)
     for name, sites in job.tensors.items():
-        job.check(name, sites, edit.check_before)
-    return job.write(forward, edit.check_result, lambda: [*listed, _record(job, survived)], survived)
+        job.check(name, sites, Touched.expect_before)
+    return job.write(forward, Touched.expect_result, lambda: [*listed, _record(job, survived)], survived)
 
 
 def undo_edit(edit: Edit, model: str | Path, out: str | Path, *, link: bool = False) -> Written:
@@ -112,10 +124,6 @@ def undo_edit(edit: Edit, model: str | Path, out: str | Path, *, link: bool = Fa
     """
     job = _Job(edit, Path(model), Path(out), link)
 
-    def restored(sites: list[Site], digest: str) -> None:
-        touched = edit.touched[sites[0]]
-        edit.check_before(sites, touched.dtype, touched.shape, digest, "the way back")
-
     listed = _read_manifest(job.source)
     left = list(listed)
     for place in reversed(range(len(listed))):
@@ -123,8 +131,8 @@ def undo_edit(edit: Edit, model: str | Path, out: str | Path, *, link: bool = Fa
             del left[place]
             break
     for name, sites in job.tensors.items():
-        job.check(name, sites, edit.check_after)
-    return job.write(edit.change_back, restored, lambda: left, {})
+        job.check(name, sites, Touched.expect_after)
+    return job.write(edit.change_back, Touched.expect_restored, lambda: left, {})
 
 
 class _Job:
@@ -137,13 +145,14 @@ class _Job:
         for name, sites in self.tensors.items():
             self._check_kind(name, sites)
 
-    def check(self, name: str, sites: list[Site], agree: Callable[..., None]) -> None:
-        """Whether the stored tensor is the one `agree` (a check of the edit's) expects."""
+    def check(self, name: str, sites: list[Site], expect: Callable[[Touched, Site, Found], None]) -> None:
+        """Whether the stored tensor is as `expect`, a check of the binding's, wants it."""
         entry = self.weights.entries[name]
         data = entry.read(self.source)
         where = str(self.source / entry.file)
+        found = Found(entry.dtype, entry.shape, digest_raw(entry.dtype, entry.shape, memoryview(data)), where)
         try:
-            agree(sites, entry.dtype, entry.shape, digest_raw(entry.dtype, entry.shape, memoryview(data)), where)
+            expect(self.edit.touched[sites[0]], sites[0], found)
         except MismatchError:
             if not bool(torch.isfinite(_tensor(data, entry)).all()):
                 why = "holds values that are not finite (NaN or infinite); the checkpoint is damaged"
@@ -153,7 +162,7 @@ class _Job:
     def write(
         self,
         change: Callable[[Tensor, list[Site]], Any],
-        check: Callable[[list[Site], str], None],
+        expect: Callable[[Touched, Site, str], None],
         manifest: Callable[[], list[dict[str, Any]]],
         survived: Mapping[Site, Survival],
     ) -> Written:
@@ -171,7 +180,8 @@ class _Job:
                 entry = self.weights.entries[name]
                 data = entry.read(part)
                 change(_tensor(data, entry), sites)
-                check(sites, digest_raw(entry.dtype, entry.shape, memoryview(data)))
+                digest = digest_raw(entry.dtype, entry.shape, memoryview(data))
+                expect(self.edit.touched[sites[0]], sites[0], digest)
                 _put(part / entry.file, entry.start, data)
             listed = manifest()
             if listed:
@@ -194,8 +204,7 @@ class _Job:
 
 
 def _tied(weights: Weights, entry: Entry) -> bool:
-    """Whether the model ties its two embeddings: as its config says; else, whether no second tensor of that shape is
-    there."""
+    """Whether the model ties its embeddings: as its config says, else whether no second tensor has that shape."""
     try:
         config = json.loads((weights.folder / "config.json").read_bytes())
         said = config.get("tie_word_embeddings")
@@ -283,9 +292,11 @@ def _link(source: Path, part: Path, name: str) -> bool:
 
 
 def _put(path: Path, start: int, data: bytearray) -> None:
-    with path.open("r+b") as file:
+    view, done = memoryview(data), 0
+    with path.open("r+b", buffering=0) as file:
         file.seek(start)
-        file.write(data)
+        while done < len(data):
+            done += file.write(view[done:])
 
 
 def _record(job: _Job, survived: Mapping[Site, Survival]) -> dict[str, Any]:

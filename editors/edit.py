@@ -6,6 +6,7 @@ be applied twice, or to another model; and the way back to the bit, so that the 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -13,55 +14,23 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from editors import deltas as forms
-from editors.deltas import Delta, LowRank, Sparse
-from editors.packing import pack_index, pack_repair, unpack_index
+from editors.binding import Found, Touched
+from editors.deltas import Delta, LowRank
+from editors.edit_file import from_file, to_file
+from editors.packing import pack_repair
 from editors.patch import DTYPES, Survival, add_to, dtype_name, empty_repair, take_from, weight_shape
 from editors.rounding import Rounding
 from memloc import store
-from memloc.architectures import Place
 from memloc.errors import ArtifactError, InputError, MismatchError, ModelError
 from memloc.provenance import Provenance, digest_json, digest_tensor
 from memloc.sites import Site
 
 if TYPE_CHECKING:
     from memloc.view import ModelView
-
-
-@dataclass(frozen=True)
-class Touched:
-    """What one site's delta is bound to. Sites of a fused matrix share parameter, `before` and `after`.
-
-    Attributes:
-        place: parameter name, orientation, rows.
-        dtype: safetensors name of the stored dtype.
-        shape: of the whole stored parameter.
-        before: digest of the whole stored parameter before the edit.
-        after: and after all of the edit; None for sums and negatives, which no weight has seen yet.
-        way_back: bits that repair `cast(new - delta)`, packed; None where `after` is.
-        survived: what the cast left of the delta; None where `after` is.
-    """
-
-    place: Place
-    dtype: str
-    shape: tuple[int, ...]
-    before: str
-    after: str | None = None
-    way_back: bytes | None = None
-    survived: Survival | None = None
-
-    @property
-    def parameter(self) -> str:
-        """The live model's name of the stored parameter."""
-        return self.place.parameter
-
-    def unseen(self) -> Touched:
-        """The same binding, with nothing known about the result."""
-        return replace(self, after=None, way_back=None, survived=None)
 
 
 @dataclass(frozen=True, eq=False)
@@ -161,7 +130,7 @@ class Edit:
     @property
     def share(self) -> float:
         """`count` over all entries of the touched weights."""
-        return self.count / sum(int(np.prod(delta.shape)) for delta in self.deltas.values())
+        return self.count / sum(math.prod(delta.shape) for delta in self.deltas.values())
 
     @property
     def survived(self) -> dict[Site, Survival]:
@@ -187,6 +156,28 @@ class Edit:
         }
         return digest_json({"sites": content, "rounding": self.rounding, "seed": self.rounding_seed})
 
+    def summary(self) -> dict[str, Any]:
+        """What it is, as JSON values: one entry a site with form, norm and what survived."""
+        sites = {}
+        for site, norm in self.norms.items():
+            survived = self.touched[site].survived
+            sites[str(site)] = {
+                "form": type(self.deltas[site]).__name__,
+                "shape": list(self.deltas[site].shape),
+                "norm": norm,
+                "survived": None if survived is None else {**survived.to_json(), "share": survived.share},
+            }
+        return {
+            "method": self.provenance.method,
+            "digest": self.digest,
+            "entries": self.count,
+            "share": self.share,
+            "rounding": self.rounding,
+            "reversible": self.reversible,
+            "sites": sites,
+            "notes": dict(self.notes),
+        }
+
     # -- into weights and back ----------------------------------------------------------------------------------
 
     def apply(self, view: ModelView) -> Applied:
@@ -206,10 +197,9 @@ class Edit:
         results: dict[str, Tensor] = {}
         for parameter, sites in edit.parameters.items():
             stored = _copy(view, sites[0])
-            edit._check_bound(view, sites)
-            edit.check_before(sites, dtype_name(stored), tuple(stored.shape), digest_tensor(stored), "the model")
+            edit._expect_before(view, sites, stored)
             edit.change(stored, sites)
-            edit.check_result(sites, digest_tensor(stored))
+            edit.touched[sites[0]].expect_result(sites[0], digest_tensor(stored))
             results[parameter] = stored
         _exchange(view, results)
         return Applied(edit, view)
@@ -221,22 +211,25 @@ class Edit:
             MismatchError: the weights are not those the edit was made for.
         """
         for sites in self.parameters.values():
-            stored = _copy(view, sites[0])
-            self._check_bound(view, sites)
-            self.check_before(sites, dtype_name(stored), tuple(stored.shape), digest_tensor(stored), "the model")
+            self._expect_before(view, sites, _copy(view, sites[0]))
         how: dict[str, Any] = {"rounding": self.rounding, "rounding_seed": self.rounding_seed, "notes": self.notes}
         return Edit.of(view, self.deltas, self.provenance, **how)
 
     def change(
         self, stored: Tensor, sites: Iterable[Site], repairs: Mapping[Site, Tensor] | None = None
     ) -> dict[Site, Survival]:
-        """Add the deltas of `sites` into `stored`, the caller's own copy of their parameter; see `patch.add_to`."""
+        """Add the deltas of `sites` into `stored`, the caller's own copy of their parameter; see `patch.add_to`.
+
+        Returns:
+            What survived: as recorded where it is (the digest of the result tells that the bits are the same).
+        """
+        how: dict[str, Any] = {"rounding": self.rounding, "seed": self.rounding_seed}
         found = {}
         for site in sites:
-            how: dict[str, Any] = {"rounding": self.rounding, "seed": self.rounding_seed}
-            how["repair"] = None if repairs is None else repairs[site]
-            found[site] = add_to(stored, self.touched[site].place, self.deltas[site], name=str(site), **how)
-        return found
+            touched, repair = self.touched[site], None if repairs is None else repairs[site]
+            how |= {"name": str(site), "repair": repair, "measure": touched.survived is None}
+            found[site] = add_to(stored, touched.place, self.deltas[site], **how) or touched.survived
+        return {site: entry for site, entry in found.items() if entry is not None}
 
     def change_back(self, stored: Tensor, sites: Iterable[Site]) -> None:
         """Undo `change` in `stored`, to the bit.
@@ -247,84 +240,13 @@ class Edit:
         """
         for site in sites:
             touched = self.touched[site]
-            if touched.way_back is None:
-                raise MismatchError(
-                    f"{site}: a sum or negative of edits has no way back of its own; rebase it on the model before it, "
-                    "or undo its parts; nothing was changed"
-                )
-            take_from(stored, touched.place, self.deltas[site], touched.way_back, name=str(site))
+            take_from(stored, touched.place, self.deltas[site], touched.packed_way_back(site), name=str(site))
 
-    def check_before(self, sites: list[Site], dtype: str, shape: tuple[int, ...], digest: str, where: str) -> None:
-        """Whether a stored parameter is the one the deltas of `sites` were computed for.
-
-        Args:
-            sites: of one parameter.
-            dtype: safetensors name of what was found.
-            shape: of what was found.
-            digest: of what was found.
-            where: "the model" or a path, for the message.
-
-        Raises:
-            MismatchError: it is not; says so where the edit is already applied.
-        """
-        site, touched = sites[0], self.touched[sites[0]]
-        self.check_kind(sites, dtype, shape, where)
-        if digest == touched.after and digest != touched.before:
-            raise MismatchError(f"{site}: this edit is already applied to {where}; nothing was changed")
-        if digest != touched.before:
-            raise MismatchError(
-                f"{site}: {where} holds {touched.parameter} with digest {digest[:12]}, the edit was made for "
-                f"{touched.before[:12]}; nothing was changed"
-            )
-
-    def check_after(self, sites: list[Site], dtype: str, shape: tuple[int, ...], digest: str, where: str) -> None:
-        """Whether a stored parameter is the one this edit left, so that it can be undone; arguments as `check_before`.
-
-        Raises:
-            MismatchError: it is not, or the edit has no way back.
-        """
-        site, touched = sites[0], self.touched[sites[0]]
-        self.check_kind(sites, dtype, shape, where)
-        if touched.after is None:
-            self.change_back(torch.empty(0), sites)
-        if digest == touched.before and digest != touched.after:
-            raise MismatchError(f"{site}: this edit is not applied to {where}; nothing was changed")
-        if digest != touched.after:
-            raise MismatchError(
-                f"{site}: {where} holds {touched.parameter} with digest {digest[:12]}, this edit left "
-                f"{str(touched.after)[:12]}; undo what came after it first; nothing was changed"
-            )
-
-    def check_kind(self, sites: list[Site], dtype: str, shape: tuple[int, ...], where: str) -> None:
-        """Whether a stored parameter has the dtype and shape of the one the edit was made for.
-
-        Raises:
-            MismatchError: it has not.
-        """
-        touched = self.touched[sites[0]]
-        if (dtype, tuple(shape)) != (touched.dtype, tuple(touched.shape)):
-            raise MismatchError(
-                f"{sites[0]}: {where} holds {touched.parameter} as {dtype} {list(shape)}, the edit was made for "
-                f"{touched.dtype} {list(touched.shape)}; nothing was changed"
-            )
-
-    def check_result(self, sites: list[Site], digest: str) -> None:
-        """Whether the change gave the bits it gave when the edit was made.
-
-        Raises:
-            MismatchError: it did not, so the edit was altered.
-        """
-        after = self.touched[sites[0]].after
-        if after is not None and digest != after:
-            raise MismatchError(
-                f"{sites[0]}: the change gives digest {digest[:12]}, recorded was {after[:12]}; the edit was altered "
-                "after it was made; nothing was changed"
-            )
-
-    def _check_bound(self, view: ModelView, sites: list[Site]) -> None:
+    def _expect_before(self, view: ModelView, sites: list[Site], stored: Tensor) -> None:
         for site in sites:
             if view.place(site) != self.touched[site].place:
                 raise MismatchError(f"{site}: lies elsewhere in {view.name}, a model of another family")
+        self.touched[sites[0]].expect_before(sites[0], _found(stored))
 
     # -- algebra ------------------------------------------------------------------------------------------------
 
@@ -377,21 +299,7 @@ class Edit:
         Raises:
             TargetError: it cannot be written.
         """
-        tensors: dict[str, Tensor] = {}
-        sites: dict[str, Any] = {}
-        for site, delta in self.deltas.items():
-            touched, held = self.touched[site], delta.tensors()
-            entry: dict[str, Any] = {"delta": type(delta).__name__.lower(), "delta_shape": list(delta.shape)}
-            if isinstance(delta, Sparse):
-                entry["index"], packed = pack_index(held.pop("index"), int(np.prod(delta.shape)))
-                held["index"] = _from_bytes(packed)
-            if touched.way_back is not None:
-                held["way_back"] = _from_bytes(touched.way_back)
-            tensors |= {f"{site}/{name}": tensor for name, tensor in held.items()}
-            entry |= {"place": touched.place.to_json(), "dtype": touched.dtype, "shape": list(touched.shape)}
-            entry |= {"before": touched.before, "after": touched.after}
-            entry["survived"] = None if touched.survived is None else touched.survived.to_json()
-            sites[str(site)] = entry
+        tensors, sites = to_file(self.deltas, self.touched)
         header = {
             "sites": sites,
             "rounding": self.rounding,
@@ -411,9 +319,7 @@ class Edit:
         """
         tensors, header = store.load(path, "edit")
         try:
-            entries = {Site.parse(name): entry for name, entry in header["sites"].items()}
-            deltas = {site: _delta_of(site, entry, tensors) for site, entry in entries.items()}
-            touched = {site: _touched_of(site, entry, tensors) for site, entry in entries.items()}
+            deltas, touched = from_file(tensors, header["sites"])
             provenance = Provenance.from_json(header["provenance"])
             edit = cls(deltas, touched, provenance, header["rounding"], header["rounding_seed"], header["notes"])
             if edit.digest != header["digest"]:
@@ -445,11 +351,10 @@ class Applied:
         results: dict[str, Tensor] = {}
         for parameter, sites in self.edit.parameters.items():
             stored = _copy(self.view, sites[0])
-            found = digest_tensor(stored)
-            self.edit.check_after(sites, dtype_name(stored), tuple(stored.shape), found, "the model")
+            touched = self.edit.touched[sites[0]]
+            touched.expect_after(sites[0], _found(stored))
             self.edit.change_back(stored, sites)
-            restored = digest_tensor(stored)
-            self.edit.check_before(sites, dtype_name(stored), tuple(stored.shape), restored, "the way back")
+            touched.expect_restored(sites[0], digest_tensor(stored))
             results[parameter] = stored
         _exchange(self.view, results)
         self.active = False
@@ -500,6 +405,10 @@ def _copy(view: ModelView, site: Site) -> Tensor:
     return view.parameter(site).detach().to("cpu", copy=True).contiguous()
 
 
+def _found(stored: Tensor) -> Found:
+    return Found(dtype_name(stored), tuple(stored.shape), digest_tensor(stored), "the model")
+
+
 def _check_delta(site: Site, delta: Delta, shape: tuple[int, ...]) -> None:
     if site.bias and isinstance(delta, LowRank):
         raise InputError(f"{site}: a bias takes a dense or sparse delta [out]")
@@ -520,31 +429,3 @@ def _check_apart(parameter: str, touched: Mapping[Site, Touched]) -> None:
             if row in seen:
                 raise InputError(f"{seen[row]} and {site} are the same rows of {parameter}; edit one of them")
             seen[row] = site
-
-
-def _from_bytes(data: bytes) -> Tensor:
-    return torch.from_numpy(np.frombuffer(data, dtype=np.uint8).copy())
-
-
-def _delta_of(site: Site, entry: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Delta:
-    shape = tuple(int(size) for size in entry["delta_shape"])
-    held = {name.rpartition("/")[2]: tensor for name, tensor in tensors.items() if name.startswith(f"{site}/")}
-    if entry["delta"] == "sparse":
-        data = held["index"].numpy().tobytes()
-        total = int(np.prod(shape, dtype=np.int64))
-        held["index"] = unpack_index(entry["index"], data, len(held["values"]), total, f"{site}: positions")
-    return forms.from_tensors(entry["delta"], shape, held)
-
-
-def _touched_of(site: Site, entry: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Touched:
-    back = tensors.get(f"{site}/way_back")
-    survived = None if entry["survived"] is None else Survival(**entry["survived"])
-    return Touched(
-        Place.from_json(entry["place"]),
-        str(entry["dtype"]),
-        tuple(int(size) for size in entry["shape"]),
-        str(entry["before"]),
-        entry["after"],
-        None if back is None else back.numpy().tobytes(),
-        survived,
-    )
