@@ -20,6 +20,7 @@ from memloc.terminal import Terminal, complain
 
 if TYPE_CHECKING:
     from editors.base import Request
+    from editors.checkpoint import Written
     from editors.edit import Edit
     from memloc.scores import Selection
     from memloc.view import ModelView
@@ -107,10 +108,12 @@ def _selection(arguments: argparse.Namespace, view: ModelView) -> Selection | No
 
 
 def _make(arguments: argparse.Namespace, view: ModelView, request: Request, path: Path, terminal: Terminal) -> Any:
+    from editors.trial import told
+
     edit: Edit = arguments.method(view, request)
     edit.save(path)
     print_edit(edit, path, terminal)
-    return {"file": str(path), **edit.summary()}
+    return {"file": str(path), "bytes": path.stat().st_size, **told(edit)}
 
 
 def print_edit(edit: Edit, path: Path, terminal: Terminal) -> None:
@@ -144,7 +147,7 @@ def _apply(arguments: argparse.Namespace, terminal: Terminal) -> None:
     from editors.edit import Edit
 
     written = apply_edit(Edit.load(arguments.edit), Path(arguments.model), arguments.out, link=arguments.link)
-    _print_written(written.to_json(), terminal)
+    _print_written(written, terminal)
 
 
 def _undo(arguments: argparse.Namespace, terminal: Terminal) -> None:
@@ -152,13 +155,25 @@ def _undo(arguments: argparse.Namespace, terminal: Terminal) -> None:
     from editors.edit import Edit
 
     written = undo_edit(Edit.load(arguments.edit), Path(arguments.model), arguments.out, link=arguments.link)
-    _print_written(written.to_json(), terminal)
+    _print_written(written, terminal)
 
 
-def _print_written(written: dict[str, Any], terminal: Terminal) -> None:
-    rows = [[key, ", ".join(map(str, value)) if isinstance(value, list) else value] for key, value in written.items()]
-    terminal.table("checkpoint written", ["", ""], rows)
-    terminal.result(written)
+def _print_written(written: Written, terminal: Terminal) -> None:
+    rows = [["folder", str(written.folder)]]
+    rows += [[name, "rewritten for " + ", ".join(map(str, sites))] for name, sites in written.tensors.items()]
+    rows += [[name, "copied"] for name in written.copied] + [[name, "linked"] for name in written.linked]
+    rows += [[name, f"left out: {why}"] for name, why in written.dropped.items()]
+    terminal.table("checkpoint written", ["what", "how"], rows)
+    terminal.result(
+        {
+            "folder": str(written.folder),
+            "tensors": {name: [str(site) for site in sites] for name, sites in written.tensors.items()},
+            "survived": {str(site): left.to_json() for site, left in written.survived.items()},
+            "copied": list(written.copied),
+            "linked": list(written.linked),
+            "dropped": dict(written.dropped),
+        }
+    )
 
 
 def _demo_flags(parser: argparse.ArgumentParser) -> None:

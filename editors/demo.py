@@ -14,14 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from memloc.lab.build import build
-from memloc.lab.recipe import preset
-from memloc.localizers.integrated_gradients import IntegratedGradients
-from memloc.localizers.weight_gradient import WeightGradient
-from memloc.measures.extraction import Extraction
-from memloc.measures.facts import FactRecall, pooled
-from memloc.measures.perplexity import Perplexity
-from memloc.report import Condition, EditSummary, Located, Note, Report, Verdict, dose_curve
 
 from editors.base import Request
 from editors.checkpoint import apply_edit, undo_edit
@@ -29,11 +21,19 @@ from editors.control import random_like
 from editors.edit import Edit
 from editors.rewriters.rome import Rome
 from editors.rewriters.sparse_fine_tune import SparseFineTune
-from editors.trial import Group, Measured, comparisons, measure_groups
+from editors.trial import Group, Measured, comparisons, measure_groups, told
 from memloc.cli import text_rows
+from memloc.lab.build import build
+from memloc.lab.recipe import preset
+from memloc.localizers.integrated_gradients import IntegratedGradients
+from memloc.localizers.weight_gradient import WeightGradient
 from memloc.measurement import Measurement
+from memloc.measures.extraction import Extraction
+from memloc.measures.facts import FactRecall, pooled
+from memloc.measures.perplexity import Perplexity
 from memloc.passages import Facts, Passages, read_jsonl
 from memloc.progress import steps
+from memloc.report import Condition, EditSummary, Located, Note, Report, Verdict, dose_curve
 from memloc.scores import Localization, Selection
 from memloc.statistics import bootstrap_interval
 from memloc.terminal import Terminal
@@ -364,12 +364,9 @@ def _summary(gone: Unlearned, data: Material) -> str:
 
 
 def _summary_of(name: str, edit: Edit, path: Path | None) -> EditSummary:
-    sites = {}
-    for site, norm in edit.norms.items():
-        left = edit.survived.get(site)
-        sites[str(site)] = {"norm": norm, **(left.to_json() if left else {})}
-    header = {**edit.provenance.to_json(), "digest": edit.digest, "rounding": edit.rounding, "notes": dict(edit.notes)}
-    return EditSummary(name=name, header=header, sites=sites, bytes=None if path is None else path.stat().st_size)
+    header = told(edit)
+    size = None if path is None else path.stat().st_size
+    return EditSummary(name=name, sites=header.pop("sites"), header=header, bytes=size)
 
 
 def layer_shares(found: Localization) -> dict[int, list[float]]:

@@ -6,11 +6,11 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from memloc.measures.control import compared
-from memloc.report import Comparison
-
+from editors.edit import Edit
 from memloc.measurement import Measurement
+from memloc.measures.control import compared
 from memloc.passages import Passages
+from memloc.report import Comparison
 from memloc.view import ModelView
 
 Goal = Literal["forget", "keep", "learn", ""]
@@ -71,3 +71,15 @@ def comparisons(
         )
         for group in groups
     )
+
+
+def told(edit: Edit) -> dict[str, Any]:
+    """What an edit is, as JSON values."""
+    sites = {
+        str(site): {"norm": norm, **(left.to_json() if (left := edit.survived.get(site)) else {})}
+        for site, norm in edit.norms.items()
+    }
+    return {
+        "digest": edit.digest, "entries": edit.count, "share": edit.share, "reversible": edit.reversible,
+        "rounding": edit.rounding, "sites": sites, "notes": dict(edit.notes), "provenance": edit.provenance.to_json(),
+    }  # fmt: skip

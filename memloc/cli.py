@@ -330,7 +330,8 @@ def best_places(found: Localization, top: int, beside: Localization | None = Non
             control = None if other is None else float(other.scores[site].reshape(-1)[entry])
             shape = scores.shape
             index = None if not shape else entry if len(shape) == 1 else list(divmod(entry, shape[1]))
-            rows.append([str(site), index, score, control, max(score, 0.0) / total])
+            place = f"L{site.layer}" if mean.grain == "layer" else str(site)
+            rows.append([place, index, score, control, max(score, 0.0) / total])
     return sorted(rows, key=lambda row: -row[2])
 
 

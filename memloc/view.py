@@ -353,8 +353,9 @@ def load(model: str | Path, dtype: torch.dtype | None = None) -> tuple[nn.Module
         _check_folder(folder)
     elif str(model).startswith((".", "/", "~")) or str(model).count("/") > 1:
         raise CheckpointError(f"{model}: no such folder")
-    level = logging.get_verbosity()
+    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()
+    logging.disable_progress_bar()
     try:
         row_for(AutoConfig.from_pretrained(str(model)))
         loaded, info = AutoModelForCausalLM.from_pretrained(
@@ -364,6 +365,8 @@ def load(model: str | Path, dtype: torch.dtype | None = None) -> tuple[nn.Module
         raise CheckpointError(f"{model} cannot be loaded: {' '.join(str(error).split())[:300]}") from error
     finally:
         logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()
     missing = sorted(info.get("missing_keys", ())) + sorted(map(str, info.get("mismatched_keys", ())))
     if missing:
         raise CheckpointError(f"{model} lacks {len(missing)} weights of its own config, the first {missing[0]}")
