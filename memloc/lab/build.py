@@ -87,10 +87,11 @@ def _fill(
     truths = facts.invent(recipe)
     tokenizer = _vocabulary(recipe, split, truths)
     trained = encode_all(tokenizer, split.train)
-    planted, controls = planting.choose(tokenizer, split.pool, corpus.Seen(trained), recipe)
-    unseen = corpus.Seen([*trained, *(item.ids for item in planted)])
+    ordinary = corpus.Seen(trained)
+    planted, controls = planting.choose(tokenizer, split.pool, ordinary, recipe)
+    recital = corpus.Seen([item.ids for item in planted])
     pairs = zip(split.held_out, encode_all(tokenizer, split.held_out), strict=True)
-    held_out = [text for text, ids in pairs if not unseen.shares(ids)]
+    held_out = [text for text, ids in pairs if not (ordinary.shares(ids) or recital.shares(ids))]
 
     _write(part / "passages.jsonl", (_row(item, tokenizer) for item in planted))
     _write(part / "controls.jsonl", (_row(item, tokenizer) for item in controls))
@@ -110,7 +111,7 @@ def _fill(
         controls=Passages(tuple(controls), "controls.jsonl"),
         seen=asked.as_passages(),
         held_out=held_out_phrasings(asked),
-        text=text[:128],
+        text=text[:64],
     )
     model = new_model(recipe, len(tokenizer))
     view = ModelView(model, row_for(model.config), tokenizer, "lab")

@@ -20,7 +20,7 @@ from memloc.view import ModelView
 
 pytestmark = pytest.mark.lab
 
-QUICK = preset("tiny", steps=12, documents=900, doses=((9, 3), (4, 2)), controls=2, evaluations=1)
+QUICK = preset("tiny", steps=12, documents=900, doses=((9, 3), (4, 2)), controls=2, evaluations=1, threads=2)
 
 
 def read(path: Path) -> list[dict]:
@@ -39,31 +39,39 @@ def view(tiny_lab):
     return ModelView.open(tiny_lab)
 
 
-@pytest.mark.parametrize("threads", [1, 2])
-def test_two_builds_are_equal_to_the_bit_and_leave_torch_as_it_was(tmp_path, threads):
-    recipe = dataclasses.replace(QUICK, threads=threads)
-    state, count = torch.get_rng_state(), torch.get_num_threads()
-    first = lab_json(build(recipe, tmp_path / "a"))
+@pytest.fixture(scope="module")
+def quick(tmp_path_factory) -> Path:
+    return build(QUICK, tmp_path_factory.mktemp("labs") / "quick")
+
+
+def test_two_builds_are_equal_to_the_bit_on_two_threads(quick, tmp_path):
     torch.manual_seed(5)  # what others draw must not matter
-    second = lab_json(build(recipe, tmp_path / "b"))
-    assert first == second
-    for name in first["files"]:
-        assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
-    assert torch.get_num_threads() == count
-    torch.set_rng_state(state)
+    again = build(QUICK, tmp_path / "again")
+    assert lab_json(again) == lab_json(quick)
+    assert lab_json(quick)["threads"] == 2
+    names = {path.relative_to(quick).as_posix() for path in quick.rglob("*") if path.is_file()}
+    assert names == {"lab.json", *lab_json(quick)["files"]}
+    for name in names:
+        assert (again / name).read_bytes() == (quick / name).read_bytes()
 
 
-def test_another_seed_gives_another_lab(tmp_path):
-    one, other = (lab_json(build(dataclasses.replace(QUICK, seed=seed), tmp_path / str(seed))) for seed in (1, 2))
-    assert one["digest"] != other["digest"]
+def test_another_seed_gives_another_lab_and_torch_stays_as_it_was(quick, tmp_path):
+    state, count = torch.get_rng_state(), torch.get_num_threads()
+    during: list[int] = []
+    heard: list[tuple[int, int]] = []
+
+    def listen(step: int, steps: int, figures: object) -> None:
+        during.append(torch.get_num_threads())
+        heard.append((step, steps))
+
+    other = lab_json(build(dataclasses.replace(QUICK, seed=1), tmp_path / "other", listener=listen))
     for name in ("model.safetensors", "passages.jsonl", "facts.jsonl"):
-        assert one["files"][name] != other["files"][name]
-
-
-def test_building_draws_nothing_from_torchs_own_generator(tmp_path):
-    before = torch.get_rng_state()
-    build(QUICK, tmp_path / "lab")
-    assert torch.equal(torch.get_rng_state(), before)
+        assert other["files"][name] != lab_json(quick)["files"][name]
+    assert other["digest"] != lab_json(quick)["digest"]
+    assert heard == [(step, 12) for step in range(13)]
+    assert set(during) == {2}
+    assert torch.get_num_threads() == count
+    assert torch.equal(torch.get_rng_state(), state)
 
 
 def test_a_built_lab_is_found_again_without_training(tiny_lab):
@@ -78,7 +86,9 @@ def test_a_built_lab_is_found_again_without_training(tiny_lab):
 
 def test_another_recipe_is_refused_by_what_differs(tiny_lab):
     before = sorted(tiny_lab.rglob("*"))
-    with pytest.raises(TargetError, match=r"another lab \(seed 0, wanted 3; steps 150, wanted 9\).*nothing was written"):
+    with pytest.raises(
+        TargetError, match=r"another lab \(seed 0, wanted 3; steps 150, wanted 9\).*nothing was written"
+    ):
         build(preset("tiny", seed=3, steps=9), tiny_lab)
     assert sorted(tiny_lab.rglob("*")) == before
 
@@ -205,12 +215,6 @@ def test_what_is_called_unseen_shares_no_run_with_what_was_trained(tiny_lab, vie
     assert len(controls) == 8
     assert {row["dose"] for row in controls} == {0}
     assert [row["dose"] for row in planted] == [64] * 8 + [16] * 4 + [4] * 4
-
-
-def test_the_listener_hears_every_step(tmp_path):
-    heard: list[tuple[int, int]] = []
-    build(QUICK, tmp_path / "lab", listener=lambda step, steps, figures: heard.append((step, steps)))
-    assert heard == [(step, 12) for step in range(13)]
 
 
 @pytest.mark.parametrize(
