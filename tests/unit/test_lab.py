@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -16,6 +18,7 @@ from memloc.lab.recipe import Recipe, preset
 from memloc.lab.train import held_out_phrasings, recited
 from memloc.objectives import suffix_nll
 from memloc.passages import Facts, Passages, encode
+from memloc.progress import listening
 from memloc.view import ModelView
 
 pytestmark = pytest.mark.lab
@@ -64,11 +67,14 @@ def test_another_seed_gives_another_lab_and_torch_stays_as_it_was(quick, tmp_pat
         during.append(torch.get_num_threads())
         heard.append((step, steps))
 
-    other = lab_json(build(dataclasses.replace(QUICK, seed=1), tmp_path / "other", listener=listen))
+    told: list[tuple[str, int, int | None]] = []
+    with listening(lambda label, done, total, note: told.append((label, done, total))):
+        other = lab_json(build(dataclasses.replace(QUICK, seed=1), tmp_path / "other", listener=listen))
     for name in ("model.safetensors", "passages.jsonl", "facts.jsonl"):
         assert other["files"][name] != lab_json(quick)["files"][name]
     assert other["digest"] != lab_json(quick)["digest"]
     assert heard == [(step, 12) for step in range(13)]
+    assert told == [("lab", step, 12) for step in range(13)]
     assert set(during) == {2}
     assert torch.get_num_threads() == count
     assert torch.equal(torch.get_rng_state(), state)
@@ -135,6 +141,8 @@ def test_plain_transformers_loads_it_and_recites(tiny_lab):
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     model, tokenizer = AutoModelForCausalLM.from_pretrained(tiny_lab), AutoTokenizer.from_pretrained(tiny_lab)
+    assert model.config.architectures == ["GPT2LMHeadModel"]
+    assert tokenizer.model_max_length == model.config.n_positions == 64
     hits: dict[int, list[bool]] = {}
     for row in read(tiny_lab / "passages.jsonl") + read(tiny_lab / "controls.jsonl"):
         ids = tokenizer(row["text"], return_tensors="pt")["input_ids"]
@@ -251,3 +259,8 @@ def test_a_recipe_that_makes_no_lab_is_refused(changes, message):
 def test_a_misspelt_recipe_gets_a_suggestion():
     with pytest.raises(UnknownName, match="no recipe called 'tinny'; did you mean 'tiny'"):
         preset("tinny")
+
+
+def test_recipes_are_known_without_torch():
+    code = "import sys, memloc.lab.recipe as r; r.preset('demo'); sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -98,6 +98,7 @@ def test_neighbours_are_other_subjects_with_answers_the_model_was_trained_on():
         assert len(set(prompts)) == DEMO.neighbors
         assert not any(row["subject"] in prompt for prompt in prompts)
         assert all(f"{entry['prompt']} {entry['target']}." in trained for entry in row["neighbors"])
+        assert row["target"] not in {entry["target"] for entry in row["neighbors"]}
         same += row["neighbors"][0]["target"] == row["target_true"]
     assert same == len(truths)
 
@@ -108,6 +109,7 @@ def test_subjects_are_told_apart():
         names = {truth.subject for truth in facts.invent(preset("demo", seed=seed))}
         assert len(names) == DEMO.subjects
         assert all(len(name.split()) == 2 for name in names)
+        assert not any(one in other for one in names for other in names if one != other)
 
 
 def test_runs_find_what_two_texts_share():
