@@ -102,7 +102,7 @@ class Comparison:
         return [*self.before.figures, *(name for name in after if name not in self.before.figures)]
 
     def _figure(self, name: str) -> dict[str, Any]:
-        cells = {arm: _cell(measured, name) for arm, measured in self.arms.items()}
+        cells = {arm: figure_cell(measured, name) for arm, measured in self.arms.items()}
         first = self.before.figures.get(name) or (self.after or self.before).figures[name]
         known = FIGURES.get(name)
         return {
@@ -177,7 +177,8 @@ def _same_data(group: str, arm: str, one: Measurement, other: Measurement) -> No
         )
 
 
-def _cell(measured: Measurement, name: str) -> dict[str, Any] | None:
+def figure_cell(measured: Measurement, name: str) -> dict[str, Any] | None:
+    """One figure of one measurement as the report's JSON holds it; `hits` where it counts rows."""
     figure = measured.figures.get(name)
     if figure is None:
         return None

@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING, Any
 from memloc import profiles
 from memloc.errors import InputError, TargetError
 from memloc.measurement import Measurement
-from memloc.report.comparison import Comparison, plain
+from memloc.report.comparison import Comparison, figure_cell, plain
 from memloc.report.markdown import render_markdown
 from memloc.report.page import render_html
 from memloc.report.texts import TextRow, guarded
-from memloc.report.wording import label, number
+from memloc.report.wording import cell, label, number
 from memloc.statistics import rate_interval
 from memloc.store import write_text
 
@@ -95,8 +95,13 @@ class Condition:
         bounds = [f"at least {number(plain(low), unit)}"] if self.at_least is not None else []
         bounds += [f"at most {number(plain(high), unit)}"] if self.at_most is not None else []
         kind = "change of " if self.relative else ""
-        measured = f"{kind}{label(self.figure).lower()}: {number(plain(value), unit)} (n = {figure.n}); asked: "
+        said = f"{number(plain(value), unit)} (n = {figure.n})" if self.relative else self._counted(arms[self.arm])
+        measured = f"{kind}{label(self.figure).lower()}: {said}; asked for: "
         return Verdict(self.text, low <= value <= high, measured + " and ".join(bounds))
+
+    def _counted(self, measured: Measurement) -> str:
+        found = figure_cell(measured, self.figure)
+        return cell(found) if found is None or found["hits"] is not None else f"{cell(found)} (n = {found['n']})"
 
     def _within(self, arms: Mapping[str, Measurement], value: float, unit: str) -> Verdict:
         rows = arms["control"].rows if "control" in arms else ()

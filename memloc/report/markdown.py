@@ -92,7 +92,7 @@ def _table(block: Table) -> str:
 
 
 def _cell(cell: Cell) -> str:
-    return f"{text(cell.text)}<br>{text(cell.below)}" if cell.below else text(cell.text)
+    return "<br>".join(text(line) for line in (cell.text, *cell.below.splitlines()))
 
 
 def _passage(row: Mapping[str, Any]) -> str:
@@ -100,5 +100,5 @@ def _passage(row: Mapping[str, Any]) -> str:
     for arm, found in row["arms"].items():
         said = " ".join(f"**{text(part)}**" if same and part.strip() else text(part)
                         for same, part in runs(row["truth"], found["text"]))  # fmt: skip
-        lines.append(f"- {ARM_NAMES[arm]}: {said}")
+        lines.append(f"- {ARM_NAMES[arm]}: {said or '(nothing)'}")
     return "\n".join(lines)

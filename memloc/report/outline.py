@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,7 +15,7 @@ ITEMS_SHOWN, IDS_SHOWN = 200, 40
 
 @dataclass(frozen=True)
 class Cell:
-    """A table's cell: its text, a smaller line below, how it is set, and a share to draw as a bar."""
+    """A table's cell: its text, smaller lines below, how it is set, and a share to draw as a bar."""
 
     text: str
     below: str = ""
@@ -102,7 +103,7 @@ def outline(data: Mapping[str, Any]) -> list[Block]:
     blocks += _headline(data["comparisons"])
     for title, part in (
         ("Findings", _notes(data["notes"])),
-        ("How it grows", _curves(data["curves"])),
+        ("Curves", _curves(data["curves"])),
         ("The figures in full", [block for entry in data["comparisons"] for block in _comparison(entry)]),
         ("Where it was found", [block for entry in data["localizations"] for block in _located(entry)]),
         ("What was changed", [block for entry in data["edits"] for block in _edit(entry)]),
@@ -136,7 +137,10 @@ def _headline(comparisons: Sequence[Mapping[str, Any]]) -> list[Block]:
     columns = ("", "before", "after", "random control of equal size", "never-seen controls")
     keys = ("before", "after", "random", "control") if edited else ("before", "control")
     shown = columns if edited else ("", "measured", "never-seen controls")
-    made = tuple((_named(e, f), *(_value(f, key, e["goal"], absent=True) for key in keys)) for e, f in rows)
+    made = tuple(
+        (_named(e, f), *(_value(f, key, e["goal"], absent="not run" if key == "random" else NONE) for key in keys))
+        for e, f in rows
+    )
     blocks: list[Block] = [Table(shown, made, role="headline")]
     if edited and any(figure["random"] is None for _, figure in rows):
         blocks.append(Prose("Where the random control is “not run”, nothing separates the choice of places from mere "
@@ -150,10 +154,10 @@ def _named(entry: Mapping[str, Any], figure: Mapping[str, Any]) -> Cell:
     return Cell(entry["name"], wording.label(figure["name"]) + meaning, "text")
 
 
-def _value(figure: Mapping[str, Any], arm: str, goal: str, *, absent: bool = False) -> Cell:
+def _value(figure: Mapping[str, Any], arm: str, goal: str, *, absent: str = NONE) -> Cell:
     found = figure[arm]
     if found is None:
-        return Cell("not run" if absent else NONE, tone="quiet")
+        return Cell(absent, tone="quiet")
     ends = wording.interval(found)
     share = wording.value_of(found["value"]) if found["unit"] == "share" else None
     tone = _tone(figure["change"], goal, figure["better"]) if arm == "after" else ""
@@ -220,15 +224,7 @@ def _comparison(entry: Mapping[str, Any]) -> Iterator[Block]:
     edited = any(figure["after"] for figure in entry["figures"])
     columns: tuple[str, ...] = ("figure", "measured", "never-seen controls", "n")
     if edited:
-        columns = (
-            "figure",
-            "before",
-            "after",
-            "change",
-            "95 % of the change",
-            "random control of equal size",
-            *columns[2:],
-        )
+        columns = ("figure", "before", "after", "change", "random control of equal size", *columns[2:])
     rows = tuple(_full_row(entry, figure, edited) for figure in entry["figures"])
     yield Table(columns, rows, f"{entry['name']}, measure “{entry['measure']}”")
     hows = sorted({f["change"]["how"] for f in entry["figures"] if f["change"] and f["change"]["how"]})
@@ -250,19 +246,12 @@ def _full_row(entry: Mapping[str, Any], figure: Mapping[str, Any], edited: bool)
     moved = figure["change_random"]
     control = _value(figure, "random", goal)
     if moved is not None:
-        control = Cell(control.text, " · ".join(x for x in (f"change {wording.change(moved)}", control.below) if x))
-    change = Cell(wording.change(figure["change"]), tone=_tone(figure["change"], goal, figure["better"]))
-    ends = Cell(wording.change_interval(figure["change"]))
-    return (
-        name,
-        _value(figure, "before", goal),
-        _value(figure, "after", goal),
-        change,
-        ends,
-        control,
-        _never_seen(figure),
-        n,
-    )
+        control = Cell(control.text, "\n".join(x for x in (control.below, f"change {wording.change(moved)}") if x))
+    ends = wording.change_interval(figure["change"])
+    tone = _tone(figure["change"], goal, figure["better"])
+    change = Cell(wording.change(figure["change"]), f"95 %: {ends}" if ends != NONE else "", tone=tone)
+    sides = _value(figure, "before", goal), _value(figure, "after", goal)
+    return name, *sides, change, control, _never_seen(figure), n
 
 
 def _never_seen(figure: Mapping[str, Any]) -> Cell:
@@ -271,10 +260,10 @@ def _never_seen(figure: Mapping[str, Any]) -> Cell:
     old = wording.cell(then)
     notes = [shown.below] if shown.below else []
     if now is not None and then is not None and old != shown.text:
-        notes.append(f"before the edit: {old}")
+        notes.append(f"before: {old}")
     if now is not None:
         notes.append(f"n = {now['n']}")
-    return Cell(shown.text, " · ".join(notes), tone=shown.tone)
+    return Cell(shown.text, "\n".join(notes), tone=shown.tone)
 
 
 def _flips(entry: Mapping[str, Any]) -> Iterator[Block]:
@@ -282,21 +271,15 @@ def _flips(entry: Mapping[str, Any]) -> Iterator[Block]:
         return
     rows = []
     for flip in entry["flips"]:
-        against = "before the edit" if flip["against"] == "before" else "random control"
-        lost, gained = (Cell(scalar(len(flip[way])), _ids(flip[way]), "code") for way in ("lost", "gained"))
-        same = flip["n"] - len(flip["lost"]) - len(flip["gained"])
-        said = f"“{flip['verdict']}”: after against {against}"
-        cells = Cell(said, "", "text"), lost, gained, Cell(scalar(flip["kept"])), Cell(scalar(same))
+        against = "before" if flip["against"] == "before" else "the random control"
+        lost, gained = (Cell(scalar(len(flip[way])), _ids(flip[way]), "text") for way in ("lost", "gained"))
+        neither = flip["n"] - flip["kept"] - len(flip["lost"]) - len(flip["gained"])
+        cells = Cell(f"against {against}", "", "text"), lost, gained, Cell(scalar(flip["kept"])), Cell(scalar(neither))
         rows.append((*cells, Cell(wording.p_value(flip["p"]))))
-    columns = (
-        "verdict",
-        "held there, not after",
-        "holds only after",
-        "holds in both",
-        "same verdict",
-        "McNemar exact p",
-    )
-    yield Table(columns, tuple(rows), f"{entry['name']}: flips, by id")
+    verdict = entry["flips"][0]["verdict"]
+    verdict = wording.label("strict rate" if verdict == "strict" else verdict)
+    columns = ("after the edit", "held there, lost after", "holds only after", "in both", "in neither", "exact p")
+    yield Table(columns, tuple(rows), f"{entry['name']}: flips of “{verdict}”, by id; p after McNemar")
 
 
 def _ids(names: Sequence[str]) -> str:
@@ -408,8 +391,8 @@ def _component_table(components: Mapping[str, Any]) -> Table:
 
 def _neurons(data: Mapping[str, Any]) -> Iterator[Block]:
     marked = ("best-scored", "chosen") if data["selected"] else ("best-scored",)
-    spread = "thin line: the whole range; grey bar: 5 to 95 % of all"
-    yield Picture("neurons", data, f"Scores by layer, one dot a {data['grain']}; {spread}.", marked)
+    spread = "thin line: the whole range; grey bar: 5 to 95 % of all; dots: the best twentieth, 60 at most"
+    yield Picture("neurons", data, f"Scores of {data['grain']}s by layer; {spread}.", marked)
     rows = tuple(
         (
             Cell(str(place)), Cell(entry["site"], "", "code"), Cell(str(entry["index"])), Cell(scalar(entry["score"])),
@@ -453,9 +436,21 @@ def _is_table(value: Any) -> bool:
 def _mapping_table(table: Mapping[str, Mapping[str, Any]], caption: str) -> Table:
     columns = list(dict.fromkeys(key for entry in table.values() for key in entry))
     rows = tuple(
-        (Cell(name, "", "code"), *(Cell(scalar(entry.get(key))) for key in columns)) for name, entry in table.items()
+        (Cell(name, "", "code"), *(Cell(_entry(key, entry.get(key))) for key in columns))
+        for name, entry in table.items()
     )
     return Table(("", *columns), rows, caption, fold=len(rows) > 12)
+
+
+def _entry(key: str, value: Any) -> str:
+    """A number of a header; one that its name calls a share, in per cent."""
+    if (
+        isinstance(value, float)
+        and re.search(r"\b(share|fraction|survived)\b", key.replace("_", " "))
+        and 0 <= value <= 1
+    ):
+        return wording.number(value, "share")
+    return scalar(value)
 
 
 def _flat(value: Any) -> list[tuple[str, Any]]:
@@ -464,7 +459,7 @@ def _flat(value: Any) -> list[tuple[str, Any]]:
 
 def _pairs(pairs: Iterable[tuple[str, Any]], caption: str) -> Table:
     rows = tuple((Cell(str(key), "", "text"), Cell(scalar(value), "", "text")) for key, value in pairs)
-    return Table(("", ""), rows, caption, role="pairs", fold=len(rows) > 4)
+    return Table(("", ""), rows, caption, role="pairs", fold=True)
 
 
 def _texts(data: Mapping[str, Any]) -> list[Block]:

@@ -161,7 +161,11 @@ def number(raw: Any, unit: str = "") -> str:
 
 
 def _plain(value: float) -> str:
-    text = f"{value:.4g}" if abs(value) < 1000 else f"{value:,.1f}".replace(",", _THIN).removesuffix(".0")
+    text = (
+        f"{value:.{3 if abs(value) < 1 else 4}g}"
+        if abs(value) < 1000
+        else f"{value:,.1f}".replace(",", _THIN).removesuffix(".0")
+    )
     return text.replace("-", MINUS) if value else "0"
 
 
@@ -200,7 +204,8 @@ def interval(figure: Mapping[str, Any] | None) -> str:
         return f"at most {number(high, figure['unit'])}"
     if figure["hits"] is not None and figure["hits"] == figure["n"] and figure["n"]:
         return f"at least {number(low, figure['unit'])}"
-    return f"{number(low, figure['unit'])} to {number(high, figure['unit'])}"
+    ends = number(low, figure["unit"]), number(high, figure["unit"])
+    return f"{ends[0].removesuffix(' %')} to {ends[1]}"
 
 
 def change(moved: Mapping[str, Any] | None) -> str:
@@ -212,7 +217,8 @@ def change_interval(moved: Mapping[str, Any] | None) -> str:
     """The 95 % interval of a change, or a dash where none could be computed."""
     if moved is None or value_of(moved["low"]) is None or value_of(moved["high"]) is None:
         return NONE
-    return f"{_moved(moved['low'], moved['kind'])} to {_moved(moved['high'], moved['kind'])}"
+    low, high = _moved(moved["low"], moved["kind"]), _moved(moved["high"], moved["kind"])
+    return f"{low.removesuffix(' pp').removesuffix(' %')} to {high}"
 
 
 def _moved(raw: Any, kind: str) -> str:

@@ -136,7 +136,7 @@ def groups(targets=5, kept=40, others=40):
     texts = generator.normal(4.9, 0.3, 60)
     return (
         three(a, high[:targets], generator.normal(-142, 5, targets), high[:targets] * 1.1 - 0.05, name="targets",
-              goal="forget", explanation="Five planted passages, seen at the full dose."),
+              goal="forget", explanation="Planted passages, seen at the full dose."),
         three(b, high[targets : targets + kept], high[targets : targets + kept] * 1.05, high[targets : targets + kept],
               name="retained passages", goal="keep", explanation="Half of the other planted passages: named to be kept."),
         three(c, high[targets + kept :], spoilt, high[targets + kept :], name="passages named in no set", goal="keep",
