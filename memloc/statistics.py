@@ -57,6 +57,64 @@ def ratio_interval(
     return float(low), float(high)
 
 
+def share_interval(shares: Sequence[float], *, seed: int = 0) -> tuple[float, float]:
+    """95 % interval of the mean of shares in [0, 1], one a row: `rate_interval` where all are 0 or 1, else bootstrap.
+
+    So a mean of exactly 0 or 1 gets the exact bound, not a bootstrap interval of width 0.
+    """
+    if all(share in (0, 1) for share in shares):
+        return rate_interval(int(sum(shares)), len(shares))
+    low, high = bootstrap_interval(shares, seed=seed)
+    return max(0.0, low), min(1.0, high)
+
+
+def median_interval(values: Sequence[float]) -> tuple[float, float]:
+    """Interval of the median that covers at least 95 %, whatever the distribution: two of the ordered values.
+
+    Infinite values are values like others. Below 6 rows not even (min, max) covers 95 %: the ends are infinite.
+
+    Source: the sign test's interval; rows below the median are Binomial(n, 1/2).
+    """
+    n = len(values)
+    ordered = sorted(float(value) for value in values)
+    tail, rank = 0.0, 0
+    while rank < n // 2:
+        tail += math.exp(math.lgamma(n + 1) - math.lgamma(rank + 1) - math.lgamma(n - rank + 1) - n * math.log(2))
+        if tail > 0.025:
+            break
+        rank += 1
+    return (ordered[rank - 1], ordered[n - rank]) if rank else (-math.inf, math.inf)
+
+
+def difference_interval(hits: int, n: int, control_hits: int, control_n: int) -> tuple[float, float]:
+    """95 % interval of a rate minus an independent control rate; with no rows on a side, (-1, 1).
+
+    Source: Newcombe 1998, hybrid of the two Wilson intervals.
+    """
+    if n == 0 or control_n == 0:
+        return -1.0, 1.0
+    rate, control = hits / n, control_hits / control_n
+    (low, high), (control_low, control_high) = _wilson(hits, n), _wilson(control_hits, control_n)
+    difference = rate - control
+    return (
+        max(-1.0, difference - math.hypot(rate - low, control_high - control)),
+        min(1.0, difference + math.hypot(high - rate, control - control_low)),
+    )
+
+
+def conformal_p(scores: Sequence[float], controls: Sequence[float]) -> tuple[float, ...]:
+    """For every score, (1 + controls at least as large) / (1 + controls).
+
+    If a row were one more control, exchangeable with them, this would be at most α with probability at most α. It
+    cannot fall below 1 / (1 + controls): 19 controls are the least that can flag at 5 %.
+
+    Source: Vovk et al. 2005, conformal p-values.
+    """
+    ordered = np.sort(np.asarray(controls, dtype=np.float64))
+    larger = len(ordered) - np.searchsorted(ordered, np.asarray(scores, dtype=np.float64), side="left")
+    return tuple(float(value) for value in (1 + larger) / (1 + len(ordered)))
+
+
 def mcnemar_exact(lost: int, gained: int) -> float:
     """Two-sided p of the flips between two paired verdicts: how surprising this split would be if either way was even.
 
