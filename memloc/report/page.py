@@ -7,21 +7,8 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from memloc import plots
-from memloc.report.outline import (
-    ARM_NAMES,
-    Block,
-    Cell,
-    Code,
-    Heading,
-    Passage,
-    Picture,
-    Prose,
-    Table,
-    Terms,
-    Verdicts,
-    outline,
-    overall,
-)  # fmt: skip
+from memloc.report.blocks import ARM_NAMES, Block, Cell, Code, Heading, Passage, Picture, Prose, Table, Terms, Verdicts
+from memloc.report.outline import outline, overall
 from memloc.report.style import CSS
 from memloc.report.texts import runs
 from memloc.report.wording import short

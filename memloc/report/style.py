@@ -73,6 +73,7 @@ td.code .below { font-size: 0.76rem; }
 .pairs td { overflow-wrap: anywhere; max-width: 44rem; }
 .pairs th { color: var(--muted); }
 
+.full { width: 100%; }
 .headline { width: 100%; font-size: 1.02rem; }
 .headline thead th { font-size: 0.84rem; }
 .headline td, .headline tbody th { padding-top: 0.6rem; padding-bottom: 0.55rem; }
