@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
 
 from memloc.batches import pad
 from memloc.errors import InputError
@@ -98,28 +97,27 @@ def check_context(demands: Sequence[Demand], context: int | None) -> None:
 
 @torch.no_grad()
 def sample(
-    view: ModelView, start: Sequence[int], count: int, length: int, generator: torch.Generator, *, top_k: int = 5
-) -> Tensor:
-    """Text of the model's own: `[count, length]` token ids on the CPU, `start` included.
+    view: ModelView, starts: Sequence[Sequence[int]], length: int, generator: torch.Generator, *, top_k: int = 5
+) -> list[tuple[int, ...]]:
+    """Text of the model's own, a row for each of `starts`, which all have one length.
 
     Args:
         view: the model.
-        start: ids that every row begins with.
-        count: rows.
-        length: tokens of each row.
+        starts: ids that the rows begin with.
+        length: tokens of each row, its start included; longer starts are cut.
         generator: on the CPU.
         top_k: each token is drawn from the k likeliest.
 
-    Cost: one forward a token.
+    Cost: one forward of all rows a token.
     """
-    ids = torch.tensor([list(start)] * count)
-    while count and ids.shape[1] < length:
+    ids = torch.tensor([list(start) for start in starts])
+    while len(ids) and ids.shape[1] < length:
         batch = pad(ids.tolist(), device=view.device)
-        scores = view.logits_at(batch, torch.arange(count), batch.length - 1).cpu()
+        scores = view.logits_at(batch, torch.arange(len(ids), device=view.device), batch.length - 1).float().cpu()
         best = scores.topk(min(top_k, scores.shape[1]))
         drawn = torch.multinomial(best.values.softmax(-1), 1, generator=generator)
         ids = torch.cat([ids, best.indices.gather(1, drawn)], 1)
-    return ids[:, :length]
+    return [tuple(row[:length]) for row in ids.tolist()]
 
 
 def sample_prefixes(
@@ -138,7 +136,7 @@ def sample_prefixes(
         raise InputError("the tokenizer has no start token to sample prefixes from; give prefixes")
     found = []
     for length in lengths:
-        for row in sample(view, [start], count, length, generator, top_k=top_k).tolist():
+        for row in sample(view, [[start]] * count, length, generator, top_k=top_k):
             text = view.tokenizer.decode(row, skip_special_tokens=True, clean_up_tokenization_spaces=False)
             # A cut inside a character decodes to U+FFFD, which would come back as other tokens.
             found.append(" ".join(text.replace("�", "").split("\n")))

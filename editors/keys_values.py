@@ -195,13 +195,13 @@ class _Stage:
             if demand.essence is not None:
                 essence.append((place, index, demand.essence.at))
                 index += 1
-        make = {"device": self.view.device}
+        device = self.view.device
         self.asked = len(row)
-        self.row = torch.tensor(row + [entry[1] for entry in essence], **make)
-        self.column = torch.tensor(column + [entry[2] for entry in essence], **make)
-        self.token, self.share = torch.tensor(token, **make), torch.tensor(share, **make)
-        self.owner, self.bare = torch.tensor(fact, **make), torch.tensor(bare, **make)
-        self.kept = torch.tensor([entry[0] for entry in essence], dtype=torch.long, **make)
+        self.row = torch.tensor(row + [entry[1] for entry in essence], device=device)
+        self.column = torch.tensor(column + [entry[2] for entry in essence], device=device)
+        self.token, self.share = torch.tensor(token, device=device), torch.tensor(share, device=device)
+        self.owner, self.bare = torch.tensor(fact, device=device), torch.tensor(bare, device=device)
+        self.kept = torch.tensor([entry[0] for entry in essence], dtype=torch.long, device=device)
 
     def terms(self, change: Tensor) -> _Terms:
         """The loss terms of every fact with `change` [n, d], differentiable."""

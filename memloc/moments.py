@@ -16,7 +16,7 @@ from torch import Tensor
 from memloc import progress, store
 from memloc.errors import InputError, MismatchError
 from memloc.passages import Passages
-from memloc.provenance import Provenance
+from memloc.provenance import Provenance, digest_json, digest_tensor
 from memloc.sites import Site
 from memloc.view import ModelView
 
@@ -48,6 +48,12 @@ class Moments:
                 raise InputError(f"{site}: second moment {list(entry.shape)}, expected a square matrix")
             if not bool(torch.isfinite(entry).all()):
                 raise InputError(f"{site}: the second moment holds values that are not finite")
+
+    @property
+    def digest(self) -> str:
+        """Digest of sums and count."""
+        sums = {str(site): digest_tensor(entry) for site, entry in self.sums.items()}
+        return digest_json({"sums": sums, "count": self.count})
 
     def mean(self, site: Site) -> Tensor:
         """Mean of k kᵀ per token at `site`: `[in, in]` float64.
