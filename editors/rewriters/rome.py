@@ -16,7 +16,7 @@ from editors.deltas import Delta, LowRank, add
 from editors.edit import Edit
 from editors.keys_values import Descent, optimise_values, read_at
 from editors.least_squares import insert_pair
-from editors.namesakes import namesakes
+from editors.own_words import namesakes, recalls
 from memloc import progress
 from memloc.batches import pad
 from memloc.errors import InputError
@@ -61,6 +61,8 @@ class Rome:
             sites. 0 makes none.
         protect: weight of the mean k kᵀ over protected tokens (namesakes; where `retain` predicts its suffixes)
             against that of ordinary text.
+        recalls: at most how many prompts of the model's own, in which it comes to the present answer from the subject
+            alone, are treated like prefixed prompts.
         tries: layers tried where `layer` is None, evenly spread.
         prefixes: texts instead of the model's own; () for none.
         moment: second moment instead of that of the request's text: a tensor [f, f] for `layer`, a `Moments`, or the
@@ -89,6 +91,7 @@ class Rome:
     top_k: int = 5
     namesakes: int = 72
     protect: float = 1.0
+    recalls: int = 8
     tries: int = 8
     prefixes: tuple[str, ...] | None = None
     moment: Any = None
@@ -98,7 +101,7 @@ class Rome:
         """The original's settings at `layer` (GPT-2 XL: 17): give `prefixes` and `moment` to reproduce a number."""
         settings: dict[str, Any] = {
             "layer": layer, "token": "subject-last", "variant": "2022", "bare": None, "steps": 20, "clamp": 4.0,
-            "weight_decay": 0.5, "damping": 0.0, "samples": 10, "namesakes": 0, "protect": 0.0, **changes,
+            "weight_decay": 0.5, "damping": 0.0, "samples": 10, "namesakes": 0, "protect": 0.0, "recalls": 0, **changes,
         }  # fmt: skip
         return cls(**settings)
 
@@ -140,7 +143,7 @@ class Rome:
 
     def _check(self) -> None:
         least = {"steps": 1, "lr": 0, "clamp": 0, "weight_decay": 0, "kl_weight": 0, "damping": 0, "samples": 0,
-                 "namesakes": 0, "protect": 0, "tries": 1, "top_k": 1}  # fmt: skip
+                 "namesakes": 0, "protect": 0, "recalls": 0, "tries": 1, "top_k": 1}  # fmt: skip
         for name, value in least.items():
             if getattr(self, name) < value:
                 raise InputError(f"rome: {name} is {getattr(self, name)}, expected {value} or more")
@@ -178,7 +181,7 @@ class Rome:
         """Prefixes no value is fitted to, for judging sites; none where there is nothing to choose."""
         if (len(layers) == 1 and self.token != "measured") or view.tokenizer is None:
             return ()
-        return sample_prefixes(view, (5, 10), 2, generator, top_k=self.top_k)
+        return sample_prefixes(view, (5, 10), 4, generator, top_k=self.top_k)
 
 
 @dataclass(frozen=True)
@@ -186,7 +189,7 @@ class _Found:
     site: Site
     delta: LowRank
     note: Mapping[str, Any]
-    merit: tuple[float, float, float] = (0.0, 0.0, 0.0)
+    merit: tuple[float, float] = (0.0, 0.0)
 
 
 @dataclass(frozen=True)
@@ -215,6 +218,8 @@ class _Work:
         rome, view = self.rome, self.view
         asked = demand(self.fact, view.tokenizer, self.prefixes, token,
                        essence=token == "subject-last" and rome.kl_weight > 0)  # fmt: skip
+        own = recalls(view, self.fact, rome.recalls, token, self._generator(), top_k=2 * rome.top_k)
+        asked = replace(asked, prompts=asked.prompts + own)
         check_context([asked], view.context)
         others = namesakes(view, self.fact.prompt, rome.namesakes, token, self._generator(), top_k=2 * rome.top_k)
         guarded = others if not judged else tuple(row for index, row in enumerate(others) if index % 3 != 2)
@@ -231,7 +236,7 @@ class _Work:
                 moment = moment.double() + rome.protect * kept[site].T @ kept[site] / len(kept[site])
             entry = self._solve(site, asked, keys[site], float(clean[site].norm()), moment)
             found.append(self._judged(entry, token, judges) if judged else entry)
-            found[-1] = replace(found[-1], note={**found[-1].note, "token": token, "protected": len(protected)})
+            found[-1] = replace(found[-1], note={**found[-1].note, "token": token, "protected": len(protected), "recalls": len(own)})
         return found
 
     def _solve(self, site: Site, asked: Demand, keys: Tensor, scale: float, moment: Tensor) -> _Found:
@@ -262,19 +267,20 @@ class _Work:
     def _judged(self, found: _Found, token: Token, judges: Sequence[Row]) -> _Found:
         """With its merit.
 
-        That is whether the bare prompt says the target; then how often prompts behind other prefixes say it and how
-        often namesakes keep their answer; then how little ordinary text is moved.
+        That is whether the bare prompt says the target; then the mean probability of the target behind prefixes no
+        value was fitted to, plus how much of their answers' probability namesakes keep.
         """
         asked = demand(self.fact, self.view.tokenizer, self.trial, token, essence=False)
         rows = [Row(row.ids + asked.target[:-1], row.at) for row in asked.prompts]
+        target = torch.tensor(asked.target, device=self.view.device).repeat(len(rows))
         with _as_if(self.view, found.site, found.delta):
-            said = _answers(self.view, rows, len(asked.target))
-            now = _answers(self.view, judges, 1)
-        kept = [float(a == b) for a, b in zip(now, _answers(self.view, judges, 1), strict=True)]
-        right = [float(answer == asked.target) for answer in said]
-        told, stayed = sum(right) / len(right), sum(kept) / len(kept) if kept else 1.0
-        note = {**found.note, "said": told, "kept": stayed}
-        return replace(found, note=note, merit=(right[0], told + stayed, -float(found.note["drift"])))
+            spoken = _chances(self.view, rows, len(asked.target))
+            now = _chances(self.view, judges, 1)
+        chance = spoken.gather(1, target[:, None]).view(len(rows), -1).prod(1)
+        right = bool((spoken.argmax(1) == target).view(len(rows), -1)[0].all())
+        overlap = torch.minimum(now, _chances(self.view, judges, 1)).sum(1)
+        said, kept = float(chance.mean()), float(overlap.mean()) if judges else 1.0
+        return replace(found, note={**found.note, "said": said, "kept": kept}, merit=(float(right), said + kept))
 
     def _generator(self) -> torch.Generator:
         return torch.Generator().manual_seed(self.seed)
@@ -311,12 +317,11 @@ def _as_if(view: ModelView, site: Site, delta: LowRank) -> Any:
 
 
 @torch.no_grad()
-def _answers(view: ModelView, rows: Sequence[Row], count: int) -> list[tuple[int, ...]]:
-    """The likeliest tokens at the last `count` positions of each row."""
+def _chances(view: ModelView, rows: Sequence[Row], count: int) -> Tensor:
+    """Probabilities `[n * count, v]` at the last `count` positions of each row."""
     if not rows:
-        return []
+        return torch.zeros(0, view.vocab)
     batch = pad([row.ids for row in rows], device=view.device)
     column = (batch.length[:, None] - count + torch.arange(count, device=view.device)).reshape(-1)
     line = torch.arange(len(rows), device=view.device).repeat_interleave(count)
-    best = view.logits_at(batch, line, column).argmax(-1).view(len(rows), count)
-    return [tuple(row) for row in best.tolist()]
+    return view.logits_at(batch, line, column).softmax(-1)

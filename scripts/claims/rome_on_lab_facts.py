@@ -75,7 +75,7 @@ def one_lab(folder: Path, count: int, seed: int, settings: dict[str, Any]) -> di
         note = edit.notes["facts"][0]
         print(
             f"{fact.id}  L{note['layer']} {note['token']:12}  said {row}  neighbours {sum(kept)}/{len(kept)}"
-            f"  |δ| {note['value']:.1f}  {spent:.1f} CPU-s",
+            f"  recalls {note['recalls']}  |δ| {note['value']:.1f}  {spent:.1f} CPU-s",
             file=sys.stderr,
             flush=True,
         )

@@ -1,7 +1,7 @@
-"""Namesakes: the same prompt about other subjects, which the model makes up itself.
+"""What the model itself says: the same prompt about other subjects, and other ways to the same answer.
 
-An edit ties an answer to one subject and should leave the others alone; nobody has to name them, for the model knows
-whom it would put in the subject's place. Ours.
+An edit should reach the fact however it is asked for, and leave other subjects alone. Nobody has to list either: the
+model knows whom it would put in the subject's place, and in which words it recalls the answer. Ours.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from editors.contexts import Row, Token, sample
 from memloc.batches import pad
-from memloc.passages import Prompt
+from memloc.passages import Fact, Prompt, encode
 from memloc.sites import OUTSIDE, Kind, Site
 from memloc.view import ModelView
 
@@ -69,6 +69,56 @@ def namesakes(
     ranked = sorted(best.values(), key=lambda entry: -entry[0])
     rows = [Row(ids, cut - 1 if token == "subject-last" else len(ids) - 1) for _, ids, cut in ranked]
     return tuple(dict.fromkeys(rows))[:count]
+
+
+@torch.no_grad()
+def recalls(
+    view: ModelView,
+    fact: Fact,
+    count: int,
+    token: Token,
+    generator: torch.Generator,
+    *,
+    top_k: int = 10,
+    least: float = 0.5,
+) -> tuple[Row, ...]:
+    """At most `count` ways in which the model, started with the subject alone, comes to the present answer by itself.
+
+    Texts are sampled that begin with the subject; where the present answer's first token is next with probability
+    `least` or more, the text so far is a prompt for the fact. One a text, the likeliest first.
+
+    Args:
+        view: the model.
+        fact: its subject and present answer are used; its paraphrases are not looked at.
+        count: how many are wanted; eight times as many texts are sampled.
+        token: where the fact is edited.
+        generator: on the CPU.
+        top_k: each token is drawn from the k likeliest.
+        least: the probability.
+
+    Returns:
+        Rows, all different from each other and from the fact's prompt; none without a tokenizer.
+
+    Cost: a forward of 8 x `count` rows for each of as many tokens as the prompt has, and one more.
+    """
+    if view.tokenizer is None or count < 1:
+        return ()
+    start = encode(view.tokenizer, fact.subject).ids
+    length = min(len(start) + len(fact.prompt.ids), view.context or 1 << 30)
+    rows = sample(view, [start] * (8 * count), length, generator, top_k=top_k)
+    found: dict[tuple[int, ...], float] = {}
+    for first in range(0, len(rows), 64):
+        batch = pad(rows[first : first + 64], device=view.device)
+        column = torch.arange(len(start), length, device=view.device).repeat(len(batch))
+        line = torch.arange(len(batch), device=view.device).repeat_interleave(length - len(start))
+        sure = view.logits_at(batch, line, column).softmax(-1)[:, fact.target_true[0]].view(len(batch), -1)
+        for row, chance in zip(rows[first : first + 64], sure.tolist(), strict=True):
+            best = max(range(len(chance)), key=chance.__getitem__, default=0)
+            if chance and chance[best] >= least:
+                found[row[: len(start) + best + 1]] = chance[best]
+    found.pop(fact.prompt.ids, None)
+    ranked = sorted(found, key=lambda ids: (-found[ids], ids))[:count]
+    return tuple(Row(ids, len(start) - 1 if token == "subject-last" else len(ids) - 1) for ids in ranked)
 
 
 def _kin(view: ModelView, token: int) -> list[int]:
