@@ -22,7 +22,7 @@ from memloc import hooks
 from memloc.architectures import Place, Row, row_for
 from memloc.batches import Batch, batches
 from memloc.errors import CheckpointError, InputError, ModelError
-from memloc.passages import Passages
+from memloc.passages import Passages, decode
 from memloc.provenance import digest_tensor
 from memloc.sites import OUTSIDE, Kind, Site
 
@@ -255,6 +255,10 @@ class ModelView:
             total.update(f"{name}:{digest_tensor(parameter)}\n".encode())
         return total.hexdigest()
 
+    def spell(self, ids: Sequence[int]) -> tuple[str, ...]:
+        """The text of each token, so that they join to the text of all (several tokens of one character may not)."""
+        return tuple(decode(self.tokenizer, [token]) for token in ids)
+
     def copy(self) -> ModelView:
         """A view on a deep copy of the model, for work that must change weights; this one is untouched."""
         return ModelView(copy.deepcopy(self.model), self.row, self.tokenizer, self.name)
@@ -349,8 +353,9 @@ def load(model: str | Path, dtype: torch.dtype | None = None) -> tuple[nn.Module
         _check_folder(folder)
     elif str(model).startswith((".", "/", "~")) or str(model).count("/") > 1:
         raise CheckpointError(f"{model}: no such folder")
-    level = logging.get_verbosity()
+    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()
+    logging.disable_progress_bar()
     try:
         row_for(AutoConfig.from_pretrained(str(model)))
         loaded, info = AutoModelForCausalLM.from_pretrained(
@@ -360,6 +365,8 @@ def load(model: str | Path, dtype: torch.dtype | None = None) -> tuple[nn.Module
         raise CheckpointError(f"{model} cannot be loaded: {' '.join(str(error).split())[:300]}") from error
     finally:
         logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()
     missing = sorted(info.get("missing_keys", ())) + sorted(map(str, info.get("mismatched_keys", ())))
     if missing:
         raise CheckpointError(f"{model} lacks {len(missing)} weights of its own config, the first {missing[0]}")

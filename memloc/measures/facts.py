@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
-from memloc.errors import InputError
+from memloc.errors import InputError, MismatchError
 from memloc.measurement import Figure, Measurement
 from memloc.measures.figures import figure
 from memloc.measures.record import token_record
@@ -76,6 +76,23 @@ class FactRecall:
         record = token_record(view, Passages(items, facts.origin), batch_size=self.batch_size, label="facts")
         answers = zip(record.nll().tolist(), record.strict.tolist(), strict=True)
         return {pair: Answer(*answer) for pair, answer in zip(names, answers, strict=True)}
+
+
+def pooled(parts: Sequence[Measurement], facts: Facts) -> Measurement:
+    """One measurement of `facts` from one for each of them, where each fact was measured on a model of its own.
+
+    Args:
+        parts: `FactRecall` of one fact each, in the order of `facts`.
+        facts: all of them.
+
+    Raises:
+        MismatchError: the rows are not those of `facts`, or the parts were measured with different settings.
+    """
+    rows = tuple(row for part in parts for row in part.rows)
+    if tuple(row["id"] for row in rows) != facts.ids or len({str(part.provenance.settings) for part in parts}) > 1:
+        raise MismatchError(f"{len(rows)} rows of facts measured one by one do not pool into the {len(facts)} given")
+    first = parts[0].provenance
+    return Measurement("facts", _figures(rows), rows, replace(first, inputs={"facts": facts.digest}))
 
 
 def _pairs(fact: Fact) -> Iterator[tuple[Tokens, Tokens]]:
