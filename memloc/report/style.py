@@ -63,7 +63,9 @@ tbody th.number { min-width: 0; white-space: nowrap; text-align: right; }
 .code { font-family: var(--mono); font-size: 0.8rem; overflow-wrap: anywhere; min-width: 7rem; max-width: 26rem; }
 .below { display: block; font-size: 0.76rem; line-height: 1.35; }
 td .below { white-space: nowrap; }
-td.code .below, td.text .below { white-space: normal; }
+td.code .below, td.text .below { white-space: normal; overflow-wrap: anywhere; }
+td.text { max-width: 34rem; overflow-wrap: anywhere; }
+caption { overflow-wrap: anywhere; }
 td.quiet { color: var(--muted); font-size: inherit; }
 td.good, td.bad { font-weight: 600; }
 td .below, th .below { font-weight: 400; }
