@@ -90,7 +90,8 @@ class Prefill:
             found = self.view.model.base_model(input_ids=ids, position_ids=at, past_key_values=cache, use_cache=True)
         alone, whole = found.last_hidden_state[0, 0], self.hidden[row, column]
         gap = float((alone - whole).abs().max())
-        if not gap <= 10 * TOLERANCE.get(whole.dtype, 1e-4) * max(1.0, float(whole.abs().max())):
+        # Not tighter than float32 allows: GPT-Neo's attention is float32 in every dtype.
+        if not gap <= max(1e-4, TOLERANCE.get(whole.dtype, 1e-4)) * max(1.0, float(whole.abs().max())):
             family = self.view.row.family
             raise ModelError(f"{family}: one token on its cached prefix differs by {gap:.2g} from the whole forward")
         return Column(self, column, calls)

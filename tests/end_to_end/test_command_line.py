@@ -1,0 +1,230 @@
+"""The command line as a stranger meets it: every verb on the tiny lab, and every kind of bad input."""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from editors.cli import main
+
+pytestmark = pytest.mark.lab
+
+
+@pytest.fixture
+def command(capsys, monkeypatch, tmp_path):
+    """Run one command inside tmp_path; returns (exit code, stdout, stderr)."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(*words):
+        code = main([str(word) for word in words])
+        captured = capsys.readouterr()
+        return code, captured.out, captured.err
+
+    return run
+
+
+def full_dose(lab: Path) -> str:
+    rows = [json.loads(line) for line in (lab / "passages.jsonl").read_text().splitlines()]
+    return f"{lab / 'passages.jsonl'}#dose={max(row['dose'] for row in rows)}"
+
+
+def test_the_whole_loop_by_hand(tiny_lab, command):
+    """measure, localize, edit, apply, measure, report, undo: what a user types, and the original bytes at the end."""
+    passages, controls = full_dose(tiny_lab), tiny_lab / "controls.jsonl"
+    text = f"{tiny_lab / 'corpus.jsonl'}#split=held-out"
+    measure = ["measure", "extraction", "--passages", passages, "--controls", controls, "--json"]
+    code, before, _ = command(*measure, "--model", tiny_lab, "--out", "before.json")
+    assert code == 0 and json.loads(before)["figures"]["strict rate"]["value"] > 0.5
+    where = ["--grain", "weight", "--scale", "raw", "--out", "where.safetensors"]
+    assert command("localize", "weight-gradient", "--model", tiny_lab, "--passages", passages, *where)[0] == 0
+    how = ["--localization", "where.safetensors", "--fraction", "0.2", "--steps", "40", "--replay", "64", "--no-control"]
+    code, out, err = command("edit", "sparse-fine-tune", "--model", tiny_lab, "--passages", passages, "--text", text,
+                             *how, "--out", "gone.safetensors")  # fmt: skip
+    assert code == 0, err
+    assert command("apply", "gone.safetensors", "--model", tiny_lab, "--out", "gone")[0] == 0
+    code, after, _ = command(*measure, "--model", "gone", "--out", "after.json")
+    assert json.loads(after)["figures"]["strict rate"]["value"] < json.loads(before)["figures"]["strict rate"]["value"]
+    compare = ["--compare", "targets:forget", "before.json", "after.json"]
+    assert command("report", *compare, "--edit", "gone.safetensors", "--localization", "where.safetensors", "--out", "r")[0] == 0
+    assert {path.name for path in Path("r").iterdir()} == {"report.html", "report.json", "report.md"}
+    assert command("undo", "gone.safetensors", "--model", "gone", "--out", "back")[0] == 0
+    for name in ("model.safetensors", "config.json", "tokenizer.json"):
+        assert Path("back", name).read_bytes() == (tiny_lab / name).read_bytes()
+    assert command("show", "gone.safetensors")[0] == command("show", "before.json")[0] == 0
+
+
+def test_an_edit_comes_with_its_random_control(tiny_lab, command):
+    passages = full_dose(tiny_lab)
+    command("localize", "activation", "--model", tiny_lab, "--passages", passages, "--out", "where.safetensors")
+    code, out, _ = command("edit", "neuron-dropout", "--model", tiny_lab, "--localization", "where.safetensors",
+                           "--count", 9, "--out", "e.safetensors", "--json")  # fmt: skip
+    made = json.loads(out)
+    assert code == 0 and Path("e.control.safetensors").is_file()
+    assert made["edit"]["entries"] == made["control"]["entries"] and made["edit"]["digest"] != made["control"]["digest"]
+
+
+def test_check_prints_the_proved_map(tiny_lab, command):
+    code, out, _ = command("check", tiny_lab, "--json")
+    assert code == 0 and json.loads(out)["family"] == "GPT-2" and len(json.loads(out)["maps"]) == 6
+
+
+def test_list_names_every_method(command):
+    out = command("list", "--json")[1]
+    assert {"localizers", "editors", "measures"} == set(json.loads(out)) and "rome" in json.loads(out)["editors"]
+
+
+def test_help_and_list_do_not_import_torch():
+    code = (
+        "import sys, contextlib, io; from editors.cli import main\n"
+        "with contextlib.redirect_stdout(io.StringIO()):\n"
+        "    main(['list'])\n"
+        "    try: main(['--help'])\n"
+        "    except SystemExit: pass\n"
+        "assert 'torch' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def fails(command, *words, says):
+    """Exit code 2 and one line on stderr that says what is wrong."""
+    code, out, err = command(*words)
+    assert (code, out, err.count("\n")) == (2, "", 1), (code, out, err)
+    assert says in err, err
+
+
+@pytest.mark.parametrize(
+    "words, says",
+    [
+        (["meassure"], "invalid choice"),
+        (["measure", "extractoin", "--model", "x"], "did you mean 'extraction'"),
+        (["localize", "weight-gradients"], "did you mean 'weight-gradient'"),
+        (["edit", "roam", "--model", "x"], "did you mean 'rome'"),
+        (["measure"], "needs the NAME of a measure"),
+        (["measure", "extraction"], "--model"),
+        (["edit", "rome", "--model", "x", "--out", "y", "--steps", "many"], "--steps"),
+        (["check", "./no/such/folder"], "no such folder"),
+        (["show", "nothing.safetensors"], "no such file"),
+        (["apply", "nothing.safetensors", "--model", "x", "--out", "y"], "no such file"),
+    ],
+)
+def test_a_wrong_word_is_one_line(command, words, says):
+    fails(command, *words, says=says)
+
+
+@pytest.mark.parametrize(
+    "text, says",
+    [
+        ("", "no record"),
+        ('{"id": 1, "text": "a b"}\n{oops', "line 2: not JSON"),
+        ('[1, 2]', "line 1: expected an object"),
+        ('{"id": "a", "text": "short"}', "line 1: text of"),
+        ('{"id": "a", "words": "x"}', "line 1: found keys"),
+        ('{"id": "a", "prefix_ids": [1, 99999], "suffix_ids": [2]}', "token id 99999 outside the vocabulary"),
+        ('{"id": "a", "prefix_ids": [], "suffix_ids": [2]}', "line 1: 'prefix_ids'"),
+        ('{"id": "a", "prefix_ids": [1], "suffix_ids": [2]}\n' * 2, "occurs twice"),
+    ],
+)
+def test_bad_passages_are_one_line(tiny_lab, command, tmp_path, text, says):
+    (tmp_path / "p.jsonl").write_text(text)
+    fails(command, "measure", "extraction", "--model", tiny_lab, "--passages", "p.jsonl", says=says)
+
+
+def test_a_fact_without_its_subject_is_one_line(tiny_lab, command, tmp_path):
+    fact = {"prompt": "The town of Ada is", "subject": "Boris", "target": "Rome", "target_true": "Paris"}
+    (tmp_path / "f.jsonl").write_text(json.dumps(fact))
+    fails(command, "measure", "facts", "--model", tiny_lab, "--facts", "f.jsonl", says="line 1: subject 'Boris' is not in")
+
+
+def test_a_filter_that_matches_nothing_is_one_line(tiny_lab, command):
+    fails(command, "measure", "extraction", "--model", tiny_lab, "--passages", f"{tiny_lab}/passages.jsonl#dose=77",
+          says="no record matches")  # fmt: skip
+
+
+def damaged(lab: Path, to: Path, how) -> Path:
+    to.mkdir()
+    for name in ("config.json", "tokenizer.json", "tokenizer_config.json", "model.safetensors"):
+        shutil.copy(lab / name, to / name)
+    how(to)
+    return to
+
+
+def cut(folder: Path) -> None:
+    data = (folder / "model.safetensors").read_bytes()
+    (folder / "model.safetensors").write_bytes(data[: len(data) // 2])
+
+
+def pickled(folder: Path) -> None:
+    (folder / "model.safetensors").unlink()
+    torch.save({}, folder / "pytorch_model.bin")
+
+
+def poisoned(folder: Path) -> None:
+    weights = load_file(folder / "model.safetensors")
+    name = next(name for name in weights if name.endswith("h.1.mlp.c_proj.weight"))
+    weights[name] = weights[name].clone()
+    weights[name][3, 4] = float("nan")
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def lacking(folder: Path) -> None:
+    weights = load_file(folder / "model.safetensors")
+    save_file(dict(list(weights.items())[1:]), folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def foreign(folder: Path) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "model_type": "t5"}))
+
+
+@pytest.mark.parametrize(
+    "how, says",
+    [
+        (cut, "cannot be loaded"),
+        (pickled, "only pickles"),
+        (poisoned, "mlp.c_proj.weight holds values that are not finite"),
+        (lacking, "lacks"),
+        (foreign, "no row for the model type"),
+        (lambda folder: (folder / "config.json").unlink(), "no config.json"),
+        (lambda folder: (folder / "config.json").write_text("{"), "cannot be loaded"),
+    ],
+)
+def test_a_damaged_checkpoint_is_one_line(tiny_lab, command, tmp_path, how, says):
+    fails(command, "check", damaged(tiny_lab, tmp_path / "m", how), says=says)
+
+
+def test_an_edit_is_not_applied_twice_nor_to_another_model_nor_over_a_folder(tiny_lab, command):
+    passages = full_dose(tiny_lab)
+    command("localize", "random", "--model", tiny_lab, "--passages", passages, "--out", "where.safetensors")
+    command("edit", "neuron-dropout", "--model", tiny_lab, "--localization", "where.safetensors", "--count", 3,
+            "--out", "e.safetensors", "--no-control")  # fmt: skip
+    assert command("apply", "e.safetensors", "--model", tiny_lab, "--out", "once")[0] == 0
+    fails(command, "apply", "e.safetensors", "--model", "once", "--out", "twice", says="already applied")
+    fails(command, "apply", "e.safetensors", "--model", tiny_lab, "--out", "once", says="not an empty folder")
+    fails(command, "undo", "e.safetensors", "--model", tiny_lab, "--out", "back", says="")
+    fails(command, "localize", "random", "--model", "once", "--passages", passages, "--out", "/proc/none/x", says="cannot be written")
+    code, _, err = command("edit", "neuron-dropout", "--model", "once", "--localization", "where.safetensors",
+                           "--count", 3, "--out", "f.safetensors")  # fmt: skip
+    assert code == 2 and "another model" in err
+    assert not Path("twice").exists() and not Path("back").exists() and not Path("f.safetensors").exists()
+
+
+def test_ctrl_c_while_writing_leaves_no_folder(tiny_lab, command, monkeypatch):
+    from editors import checkpoint
+
+    passages = full_dose(tiny_lab)
+    command("localize", "random", "--model", tiny_lab, "--passages", passages, "--out", "where.safetensors")
+    command("edit", "neuron-dropout", "--model", tiny_lab, "--localization", "where.safetensors", "--count", 3,
+            "--out", "e.safetensors", "--no-control")  # fmt: skip
+
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(checkpoint, "_put", interrupted)
+    code, _, err = command("apply", "e.safetensors", "--model", tiny_lab, "--out", "m")
+    assert code == 130 and "interrupted" in err
+    assert sorted(path.name for path in Path.cwd().iterdir()) == ["e.safetensors", "where.safetensors"]
