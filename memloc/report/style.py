@@ -89,7 +89,7 @@ summary { cursor: pointer; font-size: 0.86rem; padding: 0.15rem 0; overflow-wrap
 summary:hover { color: var(--ink); }
 figure { margin: 1.2rem 0; max-width: 42rem; }
 .beside { display: flex; flex-wrap: wrap; gap: 0 3rem; align-items: flex-start; }
-.beside figure { flex: 1 1 24rem; min-width: 0; } .beside .scroll { flex: 0 1 auto; min-width: 0; max-width: 100%; }
+.beside figure { flex: 1 1 30rem; min-width: 0; } .beside .scroll { flex: 0 1 auto; min-width: 0; max-width: 100%; }
 figure svg { display: block; width: 100%; height: auto; }
 figcaption { font-size: 0.84rem; line-height: 1.4; margin-top: 0.45rem; }
 .legend { display: flex; flex-wrap: wrap; gap: 0.1rem 1.1rem; font-size: 0.84rem; margin: 0 0 0.4rem; }
