@@ -138,11 +138,11 @@ dt { font-weight: 600; line-height: 1.35; } dd { margin: 0; line-height: 1.45; }
     --mark: #ffe28a; --mark-ink: #000; --series-0: #2a62a6; --series-1: #c7671f; --series-2: #5f8f3a;
     --series-3: #8a5aa8; --series-4: #a8324a; color-scheme: light; }
   @page { margin: 16mm 15mm; }
-  body { font-size: 10.5pt; print-color-adjust: exact; -webkit-print-color-adjust: exact; }
+  html { font-size: 9.2pt; }
+  body { print-color-adjust: exact; -webkit-print-color-adjust: exact; }
   main { max-width: none; padding: 0; }
   nav { display: none; }
   .scroll { overflow: visible; }
-  table { font-size: 8pt; } .headline { font-size: 9pt; }
   th, td { padding-right: 0.7rem; }
   td.number { white-space: normal; }
   tr, figure, .verdicts, .passage { break-inside: avoid; }
