@@ -138,13 +138,13 @@ dt { font-weight: 600; line-height: 1.35; } dd { margin: 0; line-height: 1.45; }
     --mark: #ffe28a; --mark-ink: #000; --series-0: #2a62a6; --series-1: #c7671f; --series-2: #5f8f3a;
     --series-3: #8a5aa8; --series-4: #a8324a; color-scheme: light; }
   @page { margin: 16mm 15mm; }
-  html { font-size: 9.2pt; }
+  html { font-size: 8.4pt; }
   body { print-color-adjust: exact; -webkit-print-color-adjust: exact; }
   main { max-width: none; padding: 0; }
   nav { display: none; }
   .scroll { overflow: visible; }
   th, td { padding-right: 0.7rem; }
-  td.number { white-space: normal; }
+  td.number { white-space: normal; } .headline td.number, .full td.number { white-space: nowrap; }
   tr, figure, .verdicts, .passage { break-inside: avoid; }
   h2, h3, h4, caption, summary { break-after: avoid; }
   details::details-content { content-visibility: visible; height: auto; }
