@@ -60,7 +60,7 @@ def digest_tensor(tensor: Tensor) -> str:
     """Digest of a tensor as it would be stored: dtype, shape, bytes. Equal to `digest_raw` of its safetensors entry."""
     import torch
 
-    flat = tensor.detach().cpu().contiguous().view(torch.uint8).reshape(-1) if tensor.numel() else None
+    flat = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8) if tensor.numel() else None
     data = b"" if flat is None else flat.numpy().data
     name = str(tensor.dtype).removeprefix("torch.")
     return digest_raw(DTYPE_NAMES.get(name, name), tensor.shape, data)

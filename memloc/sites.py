@@ -32,6 +32,20 @@ class Kind(enum.StrEnum):
         return self not in (Kind.EMBED, Kind.UNEMBED)
 
 
+def kinds_named(names: str) -> tuple[Kind, ...]:
+    """Kinds from a list such as "attn.v,mlp.out".
+
+    Raises:
+        InputError: a name is not a kind.
+    """
+    known = {str(kind): kind for kind in Kind}
+    found = [name.strip() for name in names.split(",")]
+    for name in found:
+        if name not in known:
+            raise InputError(f"no kind called {name!r}; kinds: {', '.join(known)}")
+    return tuple(dict.fromkeys(known[name] for name in found))
+
+
 class Grain(enum.StrEnum):
     """What one score speaks of."""
 

@@ -22,7 +22,7 @@ from memloc import hooks
 from memloc.architectures import Place, Row, row_for
 from memloc.batches import Batch, batches
 from memloc.errors import CheckpointError, InputError, ModelError
-from memloc.passages import Passages
+from memloc.passages import Passages, decode
 from memloc.provenance import digest_tensor
 from memloc.sites import OUTSIDE, Kind, Site
 
@@ -254,6 +254,10 @@ class ModelView:
         for name, parameter in sorted(self.model.named_parameters()):
             total.update(f"{name}:{digest_tensor(parameter)}\n".encode())
         return total.hexdigest()
+
+    def spell(self, ids: Sequence[int]) -> tuple[str, ...]:
+        """The text of each token, so that they join to the text of all (several tokens of one character may not)."""
+        return tuple(decode(self.tokenizer, [token]) for token in ids)
 
     def copy(self) -> ModelView:
         """A view on a deep copy of the model, for work that must change weights; this one is untouched."""

@@ -1,0 +1,195 @@
+"""`memloc`, the one command: its own verbs (edit, apply, undo, demo) joined with those of the package that looks."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from editors.methods import EDITORS
+from memloc import cli as looking
+from memloc.cli import Verb, common, out
+from memloc.errors import InputError, MemlocError
+from memloc.methods import LOCALIZERS, MEASURES
+from memloc.terminal import Terminal, complain
+
+if TYPE_CHECKING:
+    from editors.base import Request
+    from editors.edit import Edit
+    from memloc.scores import Selection
+    from memloc.view import ModelView
+
+ABOUT = """memloc finds where a transformer language model keeps what it has memorized, and changes those weights.
+
+  measure  ->  localize  ->  edit  ->  apply  ->  measure again  ->  report
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command line. Returns the exit code: 0 done, 2 an error on purpose (one line), 130 interrupted."""
+    # Small models run fastest on one thread; this must be said before torch is imported.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    try:
+        looking.run("memloc", ABOUT, verbs(), sys.argv[1:] if argv is None else list(argv))
+    except MemlocError as error:
+        complain(f"memloc: {error}")
+        return 2
+    except KeyboardInterrupt:
+        complain("memloc: interrupted; what was being written is absent, what was written before is whole")
+        return 130
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    return 0
+
+
+def _list_flags(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("what", nargs="?", help="localizers, editors or measures; by default all")
+
+
+def _list(arguments: argparse.Namespace, terminal: Terminal) -> None:
+    looking.list_methods([MEASURES, LOCALIZERS, EDITORS], terminal, arguments.what)
+
+
+def _edit_flags(parser: argparse.ArgumentParser) -> None:
+    common(parser, "model", "passages", "retain", "text", "facts", "localization", "fraction", "count", "per")
+    common(parser, "prefix", "suffix", "seed")
+    out(parser, "edit.safetensors", required=True)
+    parser.add_argument(
+        "--control",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="with --localization: also make the edit of a random selection of equal size (NAME.control.safetensors)",
+    )
+
+
+def _edit(arguments: argparse.Namespace, terminal: Terminal) -> None:
+    from editors.base import Request
+
+    view = looking.open_view(arguments)
+    request = Request(
+        forget=looking.read_passages(arguments.passages, view, arguments),
+        retain=looking.read_passages(arguments.retain, view, arguments),
+        text=looking.read_text(arguments.text, view),
+        facts=looking.read_facts(arguments.facts, view),
+        selection=_selection(arguments, view),
+        seed=arguments.seed,
+    )
+    made = {"edit": _make(arguments, view, request, arguments.out, terminal)}
+    if request.selection is not None and arguments.control:
+        matched = replace(request, selection=request.selection.random_like(arguments.seed))
+        path = arguments.out.with_suffix(f".control{arguments.out.suffix}")
+        made["control"] = _make(arguments, view, matched, path, terminal)
+    terminal.result(made)
+
+
+def _selection(arguments: argparse.Namespace, view: ModelView) -> Selection | None:
+    from memloc.errors import MismatchError
+    from memloc.scores import Localization
+
+    if arguments.localization is None:
+        if arguments.fraction is not None or arguments.count is not None:
+            raise InputError("--fraction and --count choose from a --localization; none was given")
+        return None
+    found = Localization.load(arguments.localization)
+    digest = view.digest
+    if found.provenance.inputs.get("model") not in (None, digest):
+        raise MismatchError(
+            f"{arguments.localization} was made on another model than {view.name}; localize on this one"
+        )
+    return found.top(arguments.count, fraction=arguments.fraction, per=arguments.per)
+
+
+def _make(arguments: argparse.Namespace, view: ModelView, request: Request, path: Path, terminal: Terminal) -> Any:
+    edit: Edit = arguments.method(view, request)
+    edit.save(path)
+    print_edit(edit, path, terminal)
+    return {"file": str(path), **edit.summary()}
+
+
+def print_edit(edit: Edit, path: Path, terminal: Terminal) -> None:
+    """Sites, sizes and what the cast to the stored dtype left of them."""
+    rows = []
+    for site, norm in edit.norms.items():
+        left = edit.survived.get(site)
+        rows.append(
+            [str(site), type(edit.deltas[site]).__name__, norm, *([left.error, left.share] if left else [None] * 2)]
+        )
+    size = path.stat().st_size
+    terminal.table(
+        f"{path}: {edit.provenance.method}, {edit.count} entries touched, {size:,} bytes",
+        ["site", "form", "norm", "lost in rounding", "share of entries changed"],
+        rows,
+    )
+    for key, value in edit.notes.items():
+        text = json.dumps(value, ensure_ascii=False)
+        terminal.note(f"{key}: {text if len(text) <= 200 else text[:200] + ' …'}")
+
+
+def _apply_flags(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("edit", type=Path, help="edit.safetensors")
+    common(parser, "model")
+    out(parser, "checkpoint folder to make (absent or empty)", required=True)
+    parser.add_argument("--link", action="store_true", help="hard-link untouched files instead of copying them")
+
+
+def _apply(arguments: argparse.Namespace, terminal: Terminal) -> None:
+    from editors.checkpoint import apply_edit
+    from editors.edit import Edit
+
+    written = apply_edit(Edit.load(arguments.edit), Path(arguments.model), arguments.out, link=arguments.link)
+    _print_written(written.to_json(), terminal)
+
+
+def _undo(arguments: argparse.Namespace, terminal: Terminal) -> None:
+    from editors.checkpoint import undo_edit
+    from editors.edit import Edit
+
+    written = undo_edit(Edit.load(arguments.edit), Path(arguments.model), arguments.out, link=arguments.link)
+    _print_written(written.to_json(), terminal)
+
+
+def _print_written(written: dict[str, Any], terminal: Terminal) -> None:
+    rows = [[key, ", ".join(map(str, value)) if isinstance(value, list) else value] for key, value in written.items()]
+    terminal.table("checkpoint written", ["", ""], rows)
+    terminal.result(written)
+
+
+def _demo_flags(parser: argparse.ArgumentParser) -> None:
+    out(parser, "folder for everything the demo makes", required=True)
+    parser.add_argument("--size", choices=["demo", "tiny"], default="demo", help="of the lab model (default: demo)")
+    common(parser, "seed")
+
+
+def _demo(arguments: argparse.Namespace, terminal: Terminal) -> None:
+    from editors.demo import demo
+
+    terminal.result(demo(arguments.out, size=arguments.size, seed=arguments.seed, terminal=terminal))
+
+
+def verbs() -> tuple[Verb, ...]:
+    """Every verb, in the order of the loop."""
+    looks = {verb.name: verb for verb in looking.verbs()}
+    return (
+        Verb("list", "every localizer, editor and measure", _list_flags, _list),
+        looks["check"],
+        looks["lab"],
+        looks["measure"],
+        looks["localize"],
+        looks["show"],
+        Verb("edit", "compute an edit; no checkpoint is written", _edit_flags, _edit, EDITORS),
+        Verb("apply", "write a checkpoint folder with an edit in it", _apply_flags, _apply),
+        Verb("undo", "write the checkpoint folder as it was before an edit", _apply_flags, _undo),
+        looks["report"],
+        Verb("demo", "the whole loop on a model trained on the spot", _demo_flags, _demo),
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,69 @@
+"""Perplexity on ordinary text: what an edit costs everywhere else."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+
+from memloc.errors import InputError
+from memloc.measurement import Measurement
+from memloc.measures.figures import figure
+from memloc.measures.record import Scheme, suffix_logits
+from memloc.passages import Passages
+from memloc.provenance import Provenance, settings_of
+from memloc.statistics import ratio_interval
+from memloc.view import ModelView
+
+
+@dataclass(frozen=True, kw_only=True)
+class Perplexity:
+    """exp of the mean NLL over all suffix tokens of all passages: every token counts once, whatever its window.
+
+    Windows of ordinary text (`Passages.from_texts`) have a prefix of one token, so all but the first are scored.
+
+    Rows: id, nll (nats per token), tokens. Figures: "perplexity", and "nll" in nats per token.
+
+    Attributes:
+        batch_size: rows of a forward pass.
+
+    Cost: one forward over every passage.
+    """
+
+    batch_size: int = 32
+
+    def __post_init__(self) -> None:
+        if self.batch_size < 1:
+            raise InputError(f"batch_size {self.batch_size}: expected at least 1")
+
+    def __call__(self, view: ModelView, passages: Passages) -> Measurement:
+        """Measure `passages` on the model.
+
+        Raises:
+            InputError: no passages, a token outside the vocabulary, a row longer than the context.
+            ModelError: logits that are not finite.
+        """
+        total = torch.zeros(len(passages), dtype=torch.float64)
+        for chunk in suffix_logits(view, passages, size=self.batch_size, label="perplexity"):
+            spoken = Scheme().logprobs(chunk.logits, chunk.token)
+            total.index_add_(0, chunk.row.cpu(), -spoken.cpu().double())
+        sums, tokens = total.tolist(), [len(item.suffix) for item in passages]
+        mean = math.fsum(sums) / sum(tokens)
+        low, high = ratio_interval(sums, tokens)
+        figures = (
+            figure("perplexity", _exp(mean), len(sums), (_exp(low), _exp(high)), "perplexity", "lower"),
+            figure("nll", mean, len(sums), (low, high), "nats/token", "lower"),
+        )
+        rows = tuple(
+            {"id": item.id, "nll": value / size, "tokens": size}
+            for item, value, size in zip(passages, sums, tokens, strict=True)
+        )
+        provenance = Provenance(
+            "perplexity", settings_of(self), None, {"model": view.digest, "passages": passages.digest}
+        )
+        return Measurement("perplexity", {item.name: item for item in figures}, rows, provenance)
+
+
+def _exp(nats: float) -> float:
+    return -math.inf if nats == -math.inf else math.exp(nats) if nats < 700 else math.inf

@@ -1,0 +1,21 @@
+"""The report: measures before, after and under the random control, as JSON and, from that JSON, HTML and Markdown."""
+
+from memloc.report.comparison import Comparison, Goal
+from memloc.report.contents import (
+    Condition,
+    Curve,
+    EditSummary,
+    Located,
+    Note,
+    Report,
+    Verdict,
+    dose_curve,
+)
+from memloc.report.markdown import render_markdown
+from memloc.report.page import render_html
+from memloc.report.texts import TextRow
+
+__all__ = [
+    "Comparison", "Condition", "Curve", "EditSummary", "Goal", "Located", "Note", "Report", "TextRow", "Verdict",
+    "dose_curve", "render_html", "render_markdown",
+]  # fmt: skip

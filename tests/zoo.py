@@ -1,0 +1,74 @@
+"""Tiny random models, one per model type of the table: odd, unequal sizes, so that no transposition can hide."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import transformers
+
+from memloc.passages import Passage, Passages
+
+VOCAB = 53
+_ENDS = {"bos_token_id": 0, "eos_token_id": 0}
+_LLAMA = {
+    "vocab_size": VOCAB, "hidden_size": 24, "intermediate_size": 37, "num_hidden_layers": 3,
+    "num_attention_heads": 6, "num_key_value_heads": 2, "max_position_embeddings": 64, **_ENDS,
+}  # fmt: skip
+
+CONFIGS: dict[str, tuple[type, dict[str, Any]]] = {
+    "gpt2": (
+        transformers.GPT2Config,
+        {"vocab_size": VOCAB, "n_positions": 64, "n_embd": 24, "n_inner": 37, "n_layer": 3, "n_head": 3, **_ENDS},
+    ),
+    "gpt_neo": (
+        transformers.GPTNeoConfig,
+        {
+            "vocab_size": VOCAB, "max_position_embeddings": 64, "hidden_size": 20, "intermediate_size": 37,
+            "num_layers": 4, "attention_types": [[["global", "local"], 2]], "num_heads": 5, "window_size": 5, **_ENDS,
+        },
+    ),
+    "gpt_neox": (
+        transformers.GPTNeoXConfig,
+        {
+            "vocab_size": VOCAB, "hidden_size": 24, "intermediate_size": 37, "num_hidden_layers": 3,
+            "num_attention_heads": 3, "max_position_embeddings": 64, **_ENDS,
+        },
+    ),
+    "llama": (transformers.LlamaConfig, _LLAMA),
+    "mistral": (transformers.MistralConfig, {**_LLAMA, "sliding_window": 5}),
+    "qwen2": (transformers.Qwen2Config, _LLAMA),
+    "qwen3": (transformers.Qwen3Config, {**_LLAMA, "head_dim": 10}),
+}  # fmt: skip
+"""Model type to config class and settings. Grouped queries, a sliding window (Mistral) and local attention (GPT-Neo)
+narrower than the passages, a head width that is not width / heads (Qwen3)."""
+
+FAMILIES = tuple(CONFIGS)
+
+
+def build(family: str, *, dtype: torch.dtype = torch.float32, seed: int = 0, **changes: Any) -> Any:
+    """A random model in evaluation mode; weights eight times their usual size, so that it has opinions, and no
+    parameter left at 0 or 1; the global generator is as it was before."""
+    cls, settings = CONFIGS[family]
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model = transformers.AutoModelForCausalLM.from_config(cls(**{**settings, **changes}))
+        with torch.no_grad():
+            for parameter in model.parameters():
+                if parameter.dim() == 1:
+                    parameter.add_(0.1 * torch.randn_like(parameter))
+                else:
+                    parameter.mul_(8)
+    return model.eval().to(dtype)
+
+
+def passages(count: int = 4, *, prefix: int = 9, suffix: int = 4, seed: int = 1, ragged: bool = True) -> Passages:
+    """Random passages; `ragged`: of unequal lengths."""
+    generator = torch.Generator().manual_seed(seed)
+    items = []
+    for index in range(count):
+        left = prefix + (2 * index if ragged else 0)
+        right = suffix + (index % 3 if ragged else 0)
+        ids = torch.randint(VOCAB, (left + right,), generator=generator).tolist()
+        items.append(Passage(f"p{index}", tuple(ids[:left]), tuple(ids[left:])))
+    return Passages(tuple(items), "random")
