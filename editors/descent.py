@@ -77,7 +77,7 @@ class MaskedAdam:
         size = self.lr * scale / (1 - slow**self.steps)
         spread = (self._square / (1 - slower**self.steps)).sqrt_().add_(self.eps)
         moved = self._gather(self.parameters).addcdiv_(self._mean, spread, value=-size)
-        for parameter, index, part in zip(self.parameters, self._index, moved.split(self._sizes), strict=True):
+        for parameter, index, part in zip(self.parameters, self._index, torch.split(moved, self._sizes), strict=True):
             parameter.view(-1)[index] = part
             parameter.grad = None
 

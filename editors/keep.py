@@ -38,6 +38,8 @@ class Source:
 class Keep:
     """Draws rows in turn from every source and says how far the edited model is from the original on them.
 
+    The original is remembered by its hidden states, so the edited model must have its unembedding.
+
     Args:
         original: the model as it was, in the dtype of the work; used only here, before training.
         sources: with at least one row each.

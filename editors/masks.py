@@ -61,7 +61,7 @@ def weight_masks(view: ModelView, selection: Selection, *, reach: Reach = "colum
 
 def share(view: ModelView, masks: Masks) -> float:
     """Masked entries over all parameters of the model."""
-    total = sum(parameter.numel() for parameter in view.model.parameters())
+    total = sum(int(parameter.numel()) for parameter in view.model.parameters())
     return sum(int(mask.sum()) for mask in masks.values()) / total
 
 

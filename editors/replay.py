@@ -90,16 +90,21 @@ def self_replay(
     temperature: float = 0.7,
     ngram: int = 8,
     seed: int = 0,
-    size: int = 128,
+    size: int = 256,
 ) -> Replay:
-    """Samples of the model, to be kept as they are.
+    """Samples of the model, to be kept as they are: what it is sure of, and what it says besides.
+
+    Few samples recite a memory, and those that will are sure of themselves early. So `count` samples are begun, a
+    quarter of `length` long; an eighth of them is finished because it is the likeliest (of those that say the same,
+    one), and another eighth is taken from the rest by lot.
 
     Args:
         view: the model.
-        count: how many to draw, before filtering.
-        length: tokens of each.
-        starts: first tokens to draw from, with repetition (all tokens of ordinary text: its unigrams). Without any, a
-            row starts with the model's start token, or, where it has none, with any token of its vocabulary.
+        count: how many to begin.
+        length: tokens of each that is finished.
+        starts: first tokens to draw from, with repetition (all tokens of ordinary text: its unigrams); half of the
+            samples start so, the other half with any token of the vocabulary. Without `starts`, all begin with the
+            model's start token, or, where it has none, with any token.
         avoid: token rows that must not be recited; a sample that shares `ngram` tokens in a row with one is left out
             (or all its tokens in a row, where it is shorter).
         temperature: of the samples.
@@ -110,22 +115,61 @@ def self_replay(
     Raises:
         InputError: no sample is left.
 
-    Cost: `count * length` tokens of forward; memory `count * length * d` for the hidden states, which spare the
-    teacher's forward when the samples are used.
+    Cost: `count * length / 2` tokens of forward; the hidden states kept, d floats a token, spare a teacher's forward
+    when the samples are used.
     """
     generator = torch.Generator(view.device).manual_seed(seed)
+    opening = max(2, length // 4)
     first = _starts(view, count, starts, generator)
-    grams = _grams(avoid, ngram)
-    ids, hidden = [], []
-    for at in progress.steps(range(0, count, size), "self-replay"):
-        made = continuation(view, first[at : at + size], length - 1, temperature=temperature, generator=generator)
+    begun, sure = [], []
+    for rows in progress.steps(_parts(first, size), "self-replay: openings"):
+        made = continuation(view, rows, opening - 1, temperature=temperature, generator=generator)
+        begun.append(made.ids)
+        sure.append(_confidence(view, made))
+    openings = torch.cat(begun)
+    chosen = _parts(openings[_chosen(openings, torch.cat(sure), max(1, count // 8), generator)], size)
+    grams, ids, hidden, filtered = _grams(avoid, ngram), [], [], 0
+    for rows in progress.steps(chosen, "self-replay"):
+        made = continuation(view, rows, length - opening, temperature=temperature, generator=generator)
         clean = torch.tensor([not recites(row, grams) for row in made.ids.tolist()], device=made.ids.device)
         ids.append(made.ids[clean])
         hidden.append(made.hidden[clean])
-    kept = torch.cat(ids)
-    if not len(kept):
-        raise InputError(f"all {count} samples recite a target; lower the temperature or give text, or set replay=0")
-    return Replay(kept, torch.cat(hidden), count - len(kept))
+        filtered += int((~clean).sum())
+    if not filtered < sum(len(rows) for rows in chosen):
+        raise InputError(f"all {filtered} samples recite a target; draw more of them, or set replay=0")
+    return Replay(torch.cat(ids), torch.cat(hidden), filtered)
+
+
+@torch.no_grad()
+def _confidence(view: ModelView, made: Continuation, size: int = 32) -> Tensor:
+    """Mean log-probability of what was drawn, `[n]` nats per token, each row's second token not counted."""
+    found = []
+    for ids, hidden in zip(_parts(made.ids, size), _parts(made.hidden, size), strict=True):
+        spoken = view.unembed(hidden).log_softmax(-1).gather(-1, ids[:, 1:, None])[..., 0]
+        found.append((spoken[:, 1:] if spoken.shape[1] > 1 else spoken).mean(1))
+    return torch.cat(found)
+
+
+def _parts(tensor: Tensor, size: int) -> list[Tensor]:
+    return [tensor[at : at + size] for at in range(0, len(tensor), size)]
+
+
+def _chosen(openings: Tensor, sure: Tensor, many: int, generator: torch.Generator) -> Tensor:
+    """Row numbers: the `many` likeliest that end differently, and as many of the others by lot."""
+    seen: set[tuple[int, ...]] = set()
+    best: list[int] = []
+    ends = openings[:, openings.shape[1] // 2 :].tolist()
+    for row in sure.argsort(descending=True, stable=True).tolist():
+        if len(best) == many:
+            break
+        if tuple(ends[row]) not in seen:
+            seen.add(tuple(ends[row]))
+            best.append(row)
+    rest = torch.ones(len(openings), dtype=torch.bool, device=openings.device)
+    rest[best] = False
+    others = rest.nonzero().reshape(-1)
+    lot = torch.randperm(len(others), generator=generator, device=openings.device)[:many]
+    return torch.cat([torch.tensor(best, device=openings.device), others[lot]])
 
 
 Grams = dict[int, set[tuple[int, ...]]]
@@ -146,11 +190,15 @@ def recites(row: Sequence[int], grams: Grams) -> bool:
 
 
 def _starts(view: ModelView, count: int, pool: Sequence[int], generator: torch.Generator) -> Tensor:
-    if not pool:
-        start = getattr(view.config, "bos_token_id", None)
-        pool = range(view.vocab) if start is None else [int(start)]
-    table = torch.tensor(pool, device=view.device)
-    return table[torch.randint(len(table), (count, 1), generator=generator, device=view.device)]
+    start = getattr(view.config, "bos_token_id", None)
+    if not pool and start is not None:
+        return torch.full((count, 1), int(start), device=view.device)
+    how: dict[str, Any] = {"generator": generator, "device": view.device}
+    first = torch.randint(view.vocab, (count, 1), **how)
+    if pool:
+        table = torch.tensor(pool, device=view.device)
+        first[::2] = table[torch.randint(len(table), first[::2].shape, **how)]
+    return first
 
 
 def token_pool(*sets: Passages | None) -> tuple[int, ...]:
