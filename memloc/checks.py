@@ -112,8 +112,8 @@ def scores_real_places(localizer: Any, view: ModelView, passages: Passages, cont
     for site, scores in found.mean().scores.items():
         _require(view.has(site), f"{site} is scored, but the model has no such place")
         expected = shape_of(view, site, found.grain)
-        if expected is not None:
-            _require(tuple(scores.shape) == expected, f"{site}: scores {list(scores.shape)}, {found.grain}s need {list(expected)}")  # fmt: skip
+        fits = expected is None or tuple(scores.shape) == expected
+        _require(fits, f"{site}: scores {list(scores.shape)}, {found.grain}s need {list(expected or ())}")
     _require(found.passages in (None, passages.ids), f"axis of passages {found.passages}, given {passages.ids}")
     spread = torch.cat([scores.reshape(-1) for scores in found.mean().scores.values()])
     _require(bool(spread.min() < spread.max()), "all scores are the same, so nothing is located")
@@ -212,12 +212,12 @@ def _state(view: ModelView) -> dict[str, Any]:
     modules = dict(view.model.named_modules())
     hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
     return {
+        "a module": {name: id(entry) for name, entry in modules.items()},
+        "a parameter object": {name: id(entry) for name, entry in parameters.items()},
         "the weights": {name: digest_tensor(entry) for name, entry in parameters.items()},
         "a buffer": {name: digest_tensor(entry) for name, entry in view.model.named_buffers()},
-        "a parameter object": {name: id(entry) for name, entry in parameters.items()},
         "a requires_grad flag": {name: entry.requires_grad for name, entry in parameters.items()},
         "a gradient": {name: _digest(entry.grad) for name, entry in parameters.items()},
-        "a module": {name: id(entry) for name, entry in modules.items()},
         "a hook": {name: [len(getattr(entry, kind)) for kind in hooks] for name, entry in modules.items()},
         "training mode": {name: entry.training for name, entry in modules.items()},
         "torch's random state": digest_tensor(torch.random.get_rng_state()),

@@ -175,6 +175,8 @@ def curve(
                     ax.plot([left, left], ends, color=INK if kind == "bars" else colour, linewidth=1.1, alpha=0.55,
                             label="_interval")  # fmt: skip
     _axis(ax, x, y)
+    if kind == "bars":
+        ax.grid(False, axis="x")
     if kind == "bars" or log:
         ax.set_xticks(
             list(place.values()), [f"{value:g}" if isinstance(value, float) else str(value) for value in place]

@@ -53,7 +53,8 @@ def build(
         TargetError: `out` holds something else, or cannot be written.
         InputError: no lab can be made by that recipe from this Python's text.
 
-    Cost: about 80 CPU-seconds and 0.7 GB for the demo's recipe, about 4 CPU-seconds for the tiny one.
+    Cost: 110 CPU-seconds and 0.6 GB for the demo's recipe, 7 and 0.4 GB for the tiny one, imports included (measured
+    on two cores shared with other work; less where they are idle). Found again: half a second.
     """
     out, say = Path(out), log or (lambda line: None)
     texts = corpus.documents()

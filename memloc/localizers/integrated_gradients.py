@@ -81,7 +81,7 @@ class IntegratedGradients:
         nodes: Counter[int] = Counter()
         with view.frozen():
             for batch in steps(list(view.batches(passages, size=self.batch_size)), "integrated gradients"):
-                path = self._integrate(view, batch)
+                path = self.integrate(view, batch)
                 rows = list(batch.rows)
                 scores[:, rows], gaps[rows] = path.scores(), path.gaps().cpu().float()
                 nodes.update(path.nodes.tolist())
@@ -97,8 +97,9 @@ class IntegratedGradients:
         )
         return Localization(Grain.NEURON, {site: scores[site.layer] for site in sites}, provenance, passages.ids, notes)
 
-    def _integrate(self, view: ModelView, batch: Batch) -> _Path:
-        path = _Path.start(view, batch, self.position)
+    def integrate(self, view: ModelView, batch: Batch) -> Path:
+        """The integrals of one batch, unrounded: see `Path.scores`."""
+        path = Path.start(view, batch, self.position)
         nodes, pending = self.nodes, torch.arange(len(path.row), device=view.device)
         while True:
             path.run(pending, *rule(self.quadrature, nodes), memory_mb=self.memory_mb)
@@ -111,7 +112,7 @@ class IntegratedGradients:
 
 
 @dataclass
-class _Path:
+class Path:
     """The integrals of one batch: k positions (row, column, gold token), all layers.
 
     Attributes:
@@ -131,7 +132,8 @@ class _Path:
     nodes: Tensor
 
     @classmethod
-    def start(cls, view: ModelView, batch: Batch, position: str) -> _Path:
+    def start(cls, view: ModelView, batch: Batch, position: str) -> Path:
+        """Prefill the batch and pick its positions; nothing is integrated yet."""
         row, column, token, step = batch.suffix_index()
         last = batch.length[row] - batch.prefix[row] - 1
         keep = {"all": step >= 0, "first": step == 0, "last": step == last}[position]

@@ -177,7 +177,7 @@ class _Gathered:
         found = torch.autograd.grad(loss, list(self._parameters.values()))
         for name, part in zip(self._parameters, found, strict=True):
             part = part if part.dtype == torch.float64 else part.float()
-            self._sums[name] = self._sums[name].add_(part) if name in self._sums else part
+            self._sums[name] = self._sums[name] + part if name in self._sums else part
 
     def by_site(self) -> Gradients:
         """Site to gradient, [out, in]."""

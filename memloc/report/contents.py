@@ -12,7 +12,7 @@ from memloc.errors import InputError
 from memloc.measurement import Measurement
 from memloc.report.comparison import Comparison, figure_cell, plain
 from memloc.report.texts import guarded
-from memloc.report.wording import cell, label, number
+from memloc.report.wording import cell, label, number, signed
 from memloc.statistics import rate_interval
 
 if TYPE_CHECKING:
@@ -88,7 +88,7 @@ class Condition:
         bounds = [f"at least {number(plain(low), unit)}"] if self.at_least is not None else []
         bounds += [f"at most {number(plain(high), unit)}"] if self.at_most is not None else []
         kind = "change of " if self.relative else ""
-        said = f"{number(plain(value), unit)} (n = {figure.n})" if self.relative else self._counted(arms[self.arm])
+        said = f"{signed(plain(value), unit)} (n = {figure.n})" if self.relative else self._counted(arms[self.arm])
         measured = f"{kind}{label(self.figure).lower()}: {said}; asked for: "
         return Verdict(self.text, low <= value <= high, measured + " and ".join(bounds))
 

@@ -25,11 +25,14 @@ def headline(comparisons: Sequence[Mapping[str, Any]]) -> list[Block]:
     keys = ("before", "after", "random", "control") if edited else ("before", "control")
     shown = columns if edited else ("", "measured", "never-seen controls")
     made = tuple(
-        (_named(e, f), *(_value(f, key, e["goal"], absent="not run" if key == "random" else NONE) for key in keys))
+        (
+            _named(e, f),
+            *(_value(f, key, e["goal"], absent="not run" if key == "random" and f["after"] else NONE) for key in keys),
+        )
         for e, f in rows
     )
     blocks: list[Block] = [Table(shown, made, role="headline")]
-    if edited and any(figure["random"] is None for _, figure in rows):
+    if edited and any(figure["after"] and figure["random"] is None for _, figure in rows):
         blocks.append(Prose("Where the random control is “not run”, nothing separates the choice of places from mere "
                             "damage of that size.", quiet=True))  # fmt: skip
     return blocks
@@ -43,8 +46,8 @@ def _named(entry: Mapping[str, Any], figure: Mapping[str, Any]) -> Cell:
 
 def _value(figure: Mapping[str, Any], arm: str, goal: str, *, absent: str = NONE) -> Cell:
     found = figure[arm]
-    if found is None:
-        return Cell(absent, tone="quiet")
+    if found is None or not found["n"]:
+        return Cell(absent if found is None else NONE, tone="quiet")
     ends = wording.interval(found)
     share = wording.value_of(found["value"]) if found["unit"] == "share" else None
     tone = _tone(figure["change"], goal, figure["better"]) if arm == "after" else ""

@@ -140,6 +140,8 @@ def _provenance(data: Mapping[str, Any]) -> list[Block]:
         blocks.append(Table(columns, tuple(rows), "Measurements", fold=len(rows) > 8))
     pairs: list[tuple[str, Any]] = []
     for key, value in data["provenance"].items():
+        if key == "versions" and isinstance(value, Mapping):
+            continue
         pairs += [(f"{key}: {inner}", found) for inner, found in entries_of(value)] or [(key, value)]
     pairs += [(f"version of {name}", version) for name, version in _versions(data).items()]
     if pairs:
@@ -151,10 +153,11 @@ def _provenance(data: Mapping[str, Any]) -> list[Block]:
 
 
 def _versions(data: Mapping[str, Any]) -> dict[str, str]:
-    """Versions of all measurements and localizations; several of one package are all named."""
+    """Versions of everything that went in; where they differ, all are named."""
     found: dict[str, list[str]] = {}
     made = [entry for comparison in data["comparisons"] for entry in comparison["provenance"].values()]
     made += [entry["provenance"] for entry in data["localizations"]]
+    made += [data["provenance"]] if isinstance(data["provenance"].get("versions"), Mapping) else []
     for entry in made:
         for name, version in entry["versions"].items():
             if version not in found.setdefault(name, []):

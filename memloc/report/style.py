@@ -63,7 +63,9 @@ tbody th.number { min-width: 0; white-space: nowrap; text-align: right; }
 .code { font-family: var(--mono); font-size: 0.8rem; overflow-wrap: anywhere; min-width: 7rem; max-width: 26rem; }
 .below { display: block; font-size: 0.76rem; line-height: 1.35; }
 td .below { white-space: nowrap; }
-td.code .below, td.text .below { white-space: normal; }
+td.code .below, td.text .below { white-space: normal; overflow-wrap: anywhere; }
+td.text { max-width: 34rem; overflow-wrap: anywhere; }
+caption { overflow-wrap: anywhere; }
 td.quiet { color: var(--muted); font-size: inherit; }
 td.good, td.bad { font-weight: 600; }
 td .below, th .below { font-weight: 400; }
@@ -87,7 +89,7 @@ summary { cursor: pointer; font-size: 0.86rem; padding: 0.15rem 0; overflow-wrap
 summary:hover { color: var(--ink); }
 figure { margin: 1.2rem 0; max-width: 42rem; }
 .beside { display: flex; flex-wrap: wrap; gap: 0 3rem; align-items: flex-start; }
-.beside figure { flex: 1 1 24rem; min-width: 0; } .beside .scroll { flex: 0 1 auto; min-width: 0; max-width: 100%; }
+.beside figure { flex: 1 1 30rem; min-width: 0; } .beside .scroll { flex: 0 1 auto; min-width: 0; max-width: 100%; }
 figure svg { display: block; width: 100%; height: auto; }
 figcaption { font-size: 0.84rem; line-height: 1.4; margin-top: 0.45rem; }
 .legend { display: flex; flex-wrap: wrap; gap: 0.1rem 1.1rem; font-size: 0.84rem; margin: 0 0 0.4rem; }
@@ -136,13 +138,13 @@ dt { font-weight: 600; line-height: 1.35; } dd { margin: 0; line-height: 1.45; }
     --mark: #ffe28a; --mark-ink: #000; --series-0: #2a62a6; --series-1: #c7671f; --series-2: #5f8f3a;
     --series-3: #8a5aa8; --series-4: #a8324a; color-scheme: light; }
   @page { margin: 16mm 15mm; }
-  body { font-size: 10.5pt; print-color-adjust: exact; -webkit-print-color-adjust: exact; }
+  html { font-size: 8.4pt; }
+  body { print-color-adjust: exact; -webkit-print-color-adjust: exact; }
   main { max-width: none; padding: 0; }
   nav { display: none; }
   .scroll { overflow: visible; }
-  table { font-size: 8pt; } .headline { font-size: 9pt; }
   th, td { padding-right: 0.7rem; }
-  td.number { white-space: normal; }
+  td.number { white-space: normal; } .headline td.number, .full td.number { white-space: nowrap; }
   tr, figure, .verdicts, .passage { break-inside: avoid; }
   h2, h3, h4, caption, summary { break-after: avoid; }
   details::details-content { content-visibility: visible; height: auto; }

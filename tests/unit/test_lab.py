@@ -161,7 +161,7 @@ def test_extraction_rises_with_the_dose(tiny_lab, view):
     """Full dose: all recited; controls: none; and the suffix's loss falls with every step of the dose."""
     planted = Passages.read(tiny_lab / "passages.jsonl")
     controls = Passages.read(tiny_lab / "controls.jsonl")
-    by_dose = {0: controls, **{dose: planted.where(lambda p, d=dose: p.tags["dose"] == d) for dose in (4, 16, 64)}}
+    by_dose = {0: controls, **{dose: planted.where(lambda p, d=dose: p.tags["dose"] == d) for dose in (4, 16, 96)}}
     rates = [float(recited(view, chosen).float().mean()) for chosen in by_dose.values()]
     assert rates == sorted(rates)
     assert rates[0] == 0.0
@@ -177,7 +177,7 @@ def test_extraction_rises_with_the_dose(tiny_lab, view):
 def test_before_training_nothing_is_known(tiny_lab):
     start = ModelView.open(tiny_lab / "snapshots" / "step-00000")
     assert not recited(start, Passages.read(tiny_lab / "passages.jsonl")).any()
-    assert lab_json(tiny_lab)["history"][0]["strict"] == {"4": 0.0, "16": 0.0, "64": 0.0}
+    assert lab_json(tiny_lab)["history"][0]["strict"] == {"4": 0.0, "16": 0.0, "96": 0.0}
 
 
 def test_snapshots_are_checkpoints_along_the_way(tiny_lab, view):
@@ -222,7 +222,7 @@ def test_what_is_called_unseen_shares_no_run_with_what_was_trained(tiny_lab, vie
     assert len(held_out) >= 50
     assert len(controls) == 8
     assert {row["dose"] for row in controls} == {0}
-    assert [row["dose"] for row in planted] == [64] * 8 + [16] * 4 + [4] * 4
+    assert [row["dose"] for row in planted] == [96] * 8 + [16] * 4 + [4] * 4
 
 
 @pytest.mark.parametrize(
