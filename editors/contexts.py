@@ -10,7 +10,7 @@ import torch
 
 from memloc.batches import pad
 from memloc.errors import InputError
-from memloc.passages import Fact, encode
+from memloc.passages import Fact, Prompt, encode
 from memloc.view import ModelView
 
 Token = Literal["subject-last", "prompt-last"]
@@ -28,6 +28,19 @@ class Row:
 
     ids: tuple[int, ...]
     at: int
+
+
+def row_of(prompt: Prompt, token: Token) -> Row:
+    """`prompt`, edited at its subject's last token or at its own.
+
+    Raises:
+        InputError: the subject's token is asked for and the prompt does not hold its subject.
+    """
+    if token == "prompt-last":
+        return Row(prompt.ids, len(prompt.ids) - 1)
+    if prompt.subject is None:
+        raise InputError(f"the prompt {prompt.text!r} does not hold its subject; edit at prompt-last")
+    return Row(prompt.ids, prompt.subject[1] - 1)
 
 
 @dataclass(frozen=True)
@@ -70,10 +83,7 @@ def demand(fact: Fact, tokenizer: Any, prefixes: Sequence[str], token: Token, *,
     Raises:
         InputError: the prompt does not hold the subject, or text without a tokenizer.
     """
-    if token == "subject-last" and fact.prompt.subject is None:
-        raise InputError(f"fact {fact.id!r}: its prompt does not hold the subject; edit at prompt-last")
-    span = fact.prompt.subject
-    bare = Row(fact.prompt.ids, span[1] - 1 if token == "subject-last" and span else len(fact.prompt.ids) - 1)
+    bare = row_of(fact.prompt, token)
     text, place = fact.prompt.text, max(0, fact.template.find("{}") if "{}" in fact.template else
                                         fact.template.find(fact.subject))  # fmt: skip
     rows = [bare]

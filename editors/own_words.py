@@ -11,9 +11,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from editors.contexts import Row, Token, sample
+from editors.contexts import sample
 from memloc.batches import pad
-from memloc.passages import Fact, Prompt, encode
+from memloc.passages import Fact, Prompt, decode, encode
 from memloc.sites import OUTSIDE, Kind, Site
 from memloc.view import ModelView
 
@@ -25,9 +25,9 @@ SLACK = 2
 
 
 def namesakes(
-    view: ModelView, prompt: Prompt, count: int, token: Token, generator: torch.Generator, *, top_k: int = 10
-) -> tuple[Row, ...]:
-    """At most `count` prompts about others, each with the token that answers to the edited one, the fittest first.
+    view: ModelView, prompt: Prompt, count: int, generator: torch.Generator, *, top_k: int = 10
+) -> tuple[Prompt, ...]:
+    """At most `count` prompts about others, the fittest first.
 
     Subjects are sampled from what stands before the subject and from first tokens like its own. Each sample is cut
     where the rest of the prompt follows most naturally (mean log-probability of its tokens), which is also what makes
@@ -38,12 +38,11 @@ def namesakes(
         view: the model.
         prompt: of the fact, with its subject's place.
         count: how many are wanted; twice as many are sampled.
-        token: where the fact is edited.
         generator: on the CPU.
         top_k: each token is drawn from the k likeliest.
 
     Returns:
-        Rows, all different; none where the prompt does not hold its subject.
+        Prompts, all different; none where the prompt does not hold its subject.
 
     Cost: a forward of about 2 x `count` rows for each of the subject's tokens, and one of five times as many rows.
     """
@@ -67,8 +66,9 @@ def namesakes(
         if order not in best or fit > best[order][0]:
             best[order] = fit, ids, cut
     ranked = sorted(best.values(), key=lambda entry: -entry[0])
-    rows = [Row(ids, cut - 1 if token == "subject-last" else len(ids) - 1) for _, ids, cut in ranked]
-    return tuple(dict.fromkeys(rows))[:count]
+    unique = {ids: cut for _, ids, cut in reversed(ranked)}
+    fittest = list(dict.fromkeys(ids for _, ids, _ in ranked))[:count]
+    return tuple(Prompt(ids, (start, unique[ids]), decode(view.tokenizer, ids)) for ids in fittest)
 
 
 @torch.no_grad()
@@ -76,12 +76,11 @@ def recalls(
     view: ModelView,
     fact: Fact,
     count: int,
-    token: Token,
     generator: torch.Generator,
     *,
     top_k: int = 10,
     least: float = 0.5,
-) -> tuple[Row, ...]:
+) -> tuple[Prompt, ...]:
     """At most `count` ways in which the model, started with the subject alone, comes to the present answer by itself.
 
     Texts are sampled that begin with the subject; where the present answer's first token is next with probability
@@ -91,13 +90,12 @@ def recalls(
         view: the model.
         fact: its subject and present answer are used; its paraphrases are not looked at.
         count: how many are wanted; eight times as many texts are sampled.
-        token: where the fact is edited.
         generator: on the CPU.
         top_k: each token is drawn from the k likeliest.
         least: the probability.
 
     Returns:
-        Rows, all different from each other and from the fact's prompt; none without a tokenizer.
+        Prompts, all different from each other and from the fact's prompt; none without a tokenizer.
 
     Cost: a forward of 8 x `count` rows for each of as many tokens as the prompt has, and one more.
     """
@@ -118,7 +116,7 @@ def recalls(
                 found[row[: len(start) + best + 1]] = chance[best]
     found.pop(fact.prompt.ids, None)
     ranked = sorted(found, key=lambda ids: (-found[ids], ids))[:count]
-    return tuple(Row(ids, len(start) - 1 if token == "subject-last" else len(ids) - 1) for ids in ranked)
+    return tuple(Prompt(ids, (0, len(start)), decode(view.tokenizer, ids)) for ids in ranked)
 
 
 def _kin(view: ModelView, token: int) -> list[int]:

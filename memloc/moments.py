@@ -122,8 +122,7 @@ def second_moments(view: ModelView, text: Passages, sites: Sequence[Site], *, si
     """
     if not sites or not text:
         raise InputError(f"second moments of {len(sites)} sites over {len(text)} passages; each needs at least one")
-    sums = {site: torch.zeros(2 * (view.weight(site).shape[1],), dtype=torch.float64, device=view.device)
-            for site in sites}  # fmt: skip
+    sums: dict[Site, Tensor] = {}
     count = 0
     total = math.ceil(len(text) / size)
     for batch in progress.steps(view.batches(text, size=size), "second moments", total):
@@ -131,7 +130,8 @@ def second_moments(view: ModelView, text: Passages, sites: Sequence[Site], *, si
             view.hidden(batch)
         for site, found in inputs.items():
             keys = found[batch.mask].to(torch.float64)
-            sums[site].addmm_(keys.T, keys)
+            product = keys.T @ keys
+            sums[site] = sums[site] + product if site in sums else product
         count += int(batch.length.sum())
     inputs_of = {"model": view.digest, "text": text.digest}
     return Moments(sums, count, Provenance("moments", {}, None, inputs_of))

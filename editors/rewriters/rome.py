@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from editors.base import Request
-from editors.contexts import Demand, Row, Token, check_context, demand, sample_prefixes
+from editors.contexts import Demand, Row, Token, check_context, demand, row_of, sample_prefixes
 from editors.deltas import Delta, LowRank, add
 from editors.edit import Edit
 from editors.keys_values import Descent, optimise_values, read_at
@@ -21,7 +21,7 @@ from memloc import progress
 from memloc.batches import pad
 from memloc.errors import InputError
 from memloc.moments import Moments, second_moments
-from memloc.passages import Fact, Passages
+from memloc.passages import Fact, Passages, Prompt
 from memloc.provenance import Provenance, digest_tensor, settings_of
 from memloc.sites import Kind, Site
 from memloc.view import ModelView
@@ -127,7 +127,10 @@ class Rome:
         notes = []
         with contextlib.ExitStack() as stack:
             for index, fact in enumerate(progress.steps(facts, "facts")):
-                work = _Work(self, view, fact, moments, prefixes, trial, request.retain, request.seed)
+                draw = torch.Generator().manual_seed(request.seed)
+                others = namesakes(view, fact.prompt, self.namesakes, draw, top_k=2 * self.top_k)
+                ways = recalls(view, fact, self.recalls, draw, top_k=2 * self.top_k)
+                work = _Work(self, view, fact, moments, prefixes, trial, request.retain, others, ways)
                 found = work.best(layers, self._tokens(fact))
                 deltas[found.site] = add(deltas[found.site], found.delta) if found.site in deltas else found.delta
                 notes.append(found.note)
@@ -203,7 +206,8 @@ class _Work:
     prefixes: tuple[str, ...]
     trial: tuple[str, ...]
     retain: Passages | None
-    seed: int
+    others: tuple[Prompt, ...]
+    ways: tuple[Prompt, ...]
 
     def best(self, layers: Sequence[int], tokens: Sequence[Token]) -> _Found:
         """The change at the site that serves the fact best; at the only one without trying it."""
@@ -218,10 +222,10 @@ class _Work:
         rome, view = self.rome, self.view
         asked = demand(self.fact, view.tokenizer, self.prefixes, token,
                        essence=token == "subject-last" and rome.kl_weight > 0)  # fmt: skip
-        own = recalls(view, self.fact, rome.recalls, token, self._generator(), top_k=2 * rome.top_k)
+        own = tuple(row_of(prompt, token) for prompt in self.ways)
         asked = replace(asked, prompts=asked.prompts + own)
         check_context([asked], view.context)
-        others = namesakes(view, self.fact.prompt, rome.namesakes, token, self._generator(), top_k=2 * rome.top_k)
+        others = tuple(row_of(prompt, token) for prompt in self.others)
         guarded = others if not judged else tuple(row for index, row in enumerate(others) if index % 3 != 2)
         judges = others[2::3]
         protected = guarded + _predicting(self.retain)
@@ -236,7 +240,9 @@ class _Work:
                 moment = moment.double() + rome.protect * kept[site].T @ kept[site] / len(kept[site])
             entry = self._solve(site, asked, keys[site], float(clean[site].norm()), moment)
             found.append(self._judged(entry, token, judges) if judged else entry)
-            found[-1] = replace(found[-1], note={**found[-1].note, "token": token, "protected": len(protected), "recalls": len(own)})
+            found[-1] = replace(
+                found[-1], note={**found[-1].note, "token": token, "protected": len(protected), "recalls": len(own)}
+            )
         return found
 
     def _solve(self, site: Site, asked: Demand, keys: Tensor, scale: float, moment: Tensor) -> _Found:
@@ -281,9 +287,6 @@ class _Work:
         overlap = torch.minimum(now, _chances(self.view, judges, 1)).sum(1)
         said, kept = float(chance.mean()), float(overlap.mean()) if judges else 1.0
         return replace(found, note={**found.note, "said": said, "kept": kept}, merit=(float(right), said + kept))
-
-    def _generator(self) -> torch.Generator:
-        return torch.Generator().manual_seed(self.seed)
 
 
 def _mean_key(keys: Tensor, bare: float | None) -> Tensor:

@@ -1,6 +1,6 @@
 """ROME on facts of trained labs, one by one: efficacy, paraphrase, neighbours, with intervals.
 
-    python scripts/claims/rome_on_lab_facts.py LAB [LAB ...] [--facts 20] [--seed 0] [--json FILE] [--set name=value ...]
+    python scripts/claims/rome_on_lab_facts.py LAB [LAB ...] [--facts 20] [--seed 0] [--json FILE] [--set name=value]
 
 Every fact is edited alone, on the untouched model, from its own prompt; nothing else of its record is shown to the
 editor. Counted as accuracy (the answer is the likeliest one, every token of it): the new answer after the fact's own

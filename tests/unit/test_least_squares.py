@@ -61,7 +61,7 @@ def test_another_direction_meets_the_same_demand_less_gently(problem):
 
 
 def test_the_published_form_is_the_same_algebra(problem):
-    """Published: u = C⁻¹k / ‖C⁻¹k‖, v = (target - W k_p) / (k_p · u), with the mean key in u, the bare one elsewhere."""
+    """Published: u = C⁻¹k / ‖C⁻¹k‖, v = (target - W k_p) / (k_p · u): the mean key in u, the bare one elsewhere."""
     weight, bare, value, moment = problem
     mean = bare + 0.1
     unit = torch.linalg.inv(moment) @ mean

@@ -14,7 +14,9 @@ VOCAB = 37
 @pytest.fixture
 def view():
     torch.manual_seed(0)
-    config = GPT2Config(vocab_size=VOCAB, n_positions=16, n_embd=12, n_layer=3, n_head=3, bos_token_id=1, eos_token_id=1)
+    config = GPT2Config(
+        vocab_size=VOCAB, n_positions=16, n_embd=12, n_layer=3, n_head=3, bos_token_id=1, eos_token_id=1
+    )
     return ModelView.open(GPT2LMHeadModel(config).double())
 
 
