@@ -66,6 +66,17 @@ class Written:
     linked: tuple[str, ...] = ()
     dropped: Mapping[str, str] = field(default_factory=dict)
 
+    def to_json(self) -> dict[str, Any]:
+        """As JSON values."""
+        return {
+            "folder": str(self.folder),
+            "tensors": {name: [str(site) for site in sites] for name, sites in self.tensors.items()},
+            "survived": {str(site): entry.to_json() for site, entry in self.survived.items()},
+            "copied": list(self.copied),
+            "linked": list(self.linked),
+            "dropped": dict(self.dropped),
+        }
+
 
 def apply_edit(edit: Edit, model: str | Path, out: str | Path, *, link: bool = False) -> Written:
     """Write the checkpoint folder `out`: `model` with `edit` in it.
@@ -281,9 +292,11 @@ def _link(source: Path, part: Path, name: str) -> bool:
 
 
 def _put(path: Path, start: int, data: bytearray) -> None:
-    with path.open("r+b") as file:
+    view, done = memoryview(data), 0
+    with path.open("r+b", buffering=0) as file:
         file.seek(start)
-        file.write(data)
+        while done < len(data):
+            done += file.write(view[done:])
 
 
 def _record(job: _Job, survived: Mapping[Site, Survival]) -> dict[str, Any]:

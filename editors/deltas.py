@@ -17,8 +17,8 @@ from torch import Tensor
 
 from memloc.errors import InputError
 
-PIECE = 1 << 18
-"""Entries worked on at a time: bounds the memory of everything that walks a delta."""
+PIECE = 1 << 16
+"""Entries worked on at a time: bounds the memory of everything that walks a delta, and fits the cache."""
 
 
 class Piece(NamedTuple):
@@ -78,6 +78,9 @@ class LowRank:
 
     def rows(self, start: int, stop: int) -> Tensor:
         """Rows `start` to `stop` of the matrix, float32. Cost: r passes over them in float64."""
+        if self.rank == 1:
+            # One exact product rounded once is what a float32 multiplication gives.
+            return self.left[start:stop] * self.right
         total = torch.zeros(stop - start, self.shape[1], dtype=torch.float64)
         left = self.left[start:stop].double()
         for term in range(self.rank):

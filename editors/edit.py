@@ -156,6 +156,28 @@ class Edit:
         }
         return digest_json({"sites": content, "rounding": self.rounding, "seed": self.rounding_seed})
 
+    def summary(self) -> dict[str, Any]:
+        """What it is, as JSON values: one entry a site with form, norm and what survived."""
+        sites = {}
+        for site, norm in self.norms.items():
+            survived = self.touched[site].survived
+            sites[str(site)] = {
+                "form": type(self.deltas[site]).__name__,
+                "shape": list(self.deltas[site].shape),
+                "norm": norm,
+                "survived": None if survived is None else {**survived.to_json(), "share": survived.share},
+            }
+        return {
+            "method": self.provenance.method,
+            "digest": self.digest,
+            "entries": self.count,
+            "share": self.share,
+            "rounding": self.rounding,
+            "reversible": self.reversible,
+            "sites": sites,
+            "notes": dict(self.notes),
+        }
+
     # -- into weights and back ----------------------------------------------------------------------------------
 
     def apply(self, view: ModelView) -> Applied:
@@ -196,13 +218,18 @@ class Edit:
     def change(
         self, stored: Tensor, sites: Iterable[Site], repairs: Mapping[Site, Tensor] | None = None
     ) -> dict[Site, Survival]:
-        """Add the deltas of `sites` into `stored`, the caller's own copy of their parameter; see `patch.add_to`."""
+        """Add the deltas of `sites` into `stored`, the caller's own copy of their parameter; see `patch.add_to`.
+
+        Returns:
+            What survived: as recorded where it is (the digest of the result tells that the bits are the same).
+        """
+        how: dict[str, Any] = {"rounding": self.rounding, "seed": self.rounding_seed}
         found = {}
         for site in sites:
-            how: dict[str, Any] = {"rounding": self.rounding, "seed": self.rounding_seed}
-            how["repair"] = None if repairs is None else repairs[site]
-            found[site] = add_to(stored, self.touched[site].place, self.deltas[site], name=str(site), **how)
-        return found
+            touched, repair = self.touched[site], None if repairs is None else repairs[site]
+            how |= {"name": str(site), "repair": repair, "measure": touched.survived is None}
+            found[site] = add_to(stored, touched.place, self.deltas[site], **how) or touched.survived
+        return {site: entry for site, entry in found.items() if entry is not None}
 
     def change_back(self, stored: Tensor, sites: Iterable[Site]) -> None:
         """Undo `change` in `stored`, to the bit.

@@ -16,6 +16,9 @@ from memloc.errors import ArtifactError
 
 _WIDTHS = (1, 2, 4, 8)
 
+_STEP = 1 << 20
+"""Bytes unpacked at a time."""
+
 
 def pack_repair(repair: Tensor) -> bytes:
     """Integers that are mostly zero: lowest bytes of all entries first, compressed; empty where all are zero."""
@@ -72,18 +75,22 @@ def unpack_index(form: str, data: bytes, count: int, total: int, what: str) -> T
     return torch.from_numpy(positions)
 
 
-def unpack(data: bytes, size: int, what: str) -> bytes:
-    """`size` bytes out of zlib's `data`, never more than that.
+def unpack(data: bytes, size: int, what: str) -> bytearray:
+    """`size` bytes out of zlib's `data`, never more than that and some.
 
     Raises:
         ArtifactError: damaged, or of another size.
     """
-    stream = zlib.decompressobj()
+    stream, found, done = zlib.decompressobj(), bytearray(size), 0
     try:
-        found = stream.decompress(data, size + 1)
+        part = stream.decompress(data, _STEP)
+        while part and done + len(part) <= size:
+            found[done : done + len(part)] = part
+            done += len(part)
+            part = stream.decompress(stream.unconsumed_tail, _STEP)
     except zlib.error as error:
         raise ArtifactError(f"{what} cannot be unpacked: {error}; the file is damaged") from error
-    if len(found) != size or not stream.eof or stream.unused_data:
+    if part or done != size or not stream.eof or stream.unused_data:
         raise ArtifactError(f"{what} do not hold {size} bytes; the file is damaged")
     return found
 

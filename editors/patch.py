@@ -10,6 +10,7 @@ to nothing; float32 weights that grew lose about one bit an entry, and those bit
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -83,7 +84,8 @@ def add_to(
     rounding: Rounding = "nearest",
     seed: int = 0,
     repair: Tensor | None = None,
-) -> Survival:
+    measure: bool = True,
+) -> Survival | None:
     """Change `stored` in place by `delta`: float32 arithmetic (float64 for F64), one cast.
 
     Entries whose delta is zero keep their bits.
@@ -97,9 +99,10 @@ def add_to(
         seed: of stochastic rounding.
         repair: filled, where given: per touched entry the bits by which `cast(new - delta)` misses `old`, see
             `empty_repair`.
+        measure: whether to work out what survived, which takes as long as all the rest.
 
     Returns:
-        What survived the cast.
+        What survived the cast, or None where it is not asked for.
 
     Raises:
         InputError: shapes differ.
@@ -107,14 +110,19 @@ def add_to(
     """
     tally = np.zeros(5)
     for piece, key, whole in _walk(stored, place, delta, name):
-        old = whole[key].clone()
+        old = whole[key].clone(memory_format=torch.contiguous_format)
         new = _step(old, piece.values, rounding=rounding, seed=seed, name=name, start=piece.start)
-        _check_finite(name, dtype_name(stored), old, piece.values, new)
-        whole[key] = new
+        # One value that is not finite makes the sum so; the reverse is a false alarm, which the check below finds out.
+        if not math.isfinite(float(new.sum())):
+            _check_finite(name, dtype_name(stored), old, piece.values, new)
         if repair is not None:
             missed = _bits(old) ^ _bits(_step(new, -piece.values))
             repair[piece.start : piece.start + piece.values.numel()] = missed.reshape(-1)
-        tally += _tally(old, new, piece.values)
+        if measure:
+            tally += _tally(old, new, piece.values)
+        whole[key] = new
+    if not measure:
+        return None
     requested, realised, lost = np.sqrt(tally[:3]).tolist()
     return Survival(requested, realised, lost / requested if requested else 0.0, int(tally[3]), int(tally[4]))
 
@@ -140,7 +148,7 @@ def take_from(stored: Tensor, place: Place, delta: Delta, way_back: bytes, *, na
     """
     planes = unpack_repair(way_back, delta.touched, stored.element_size(), f"{name}: the bits of the way back")
     for piece, key, whole in _walk(stored, place, delta, name):
-        back = _step(whole[key].clone(), -piece.values)
+        back = _step(whole[key].clone(memory_format=torch.contiguous_format), -piece.values)
         if planes is not None:
             part = np.array(planes[:, piece.start : piece.start + piece.values.numel()].T, order="C")
             repair = torch.from_numpy(part).view(_BITS[stored.element_size()]).view(back.shape)
@@ -170,7 +178,9 @@ def _walk(stored: Tensor, place: Place, delta: Delta, name: str) -> Iterator[tup
 
 def _step(old: Tensor, values: Tensor, **how: Any) -> Tensor:
     wide = torch.float64 if old.dtype == torch.float64 else torch.float32
-    return torch.where(values == 0, old, cast(old.to(wide) + values.to(wide), old.dtype, **how))
+    new, still = cast(old.to(wide) + values.to(wide), old.dtype, **how), values == 0
+    # Adding zero would turn a minus zero into a plus.
+    return torch.where(still, old, new) if bool(still.any()) else new
 
 
 def _bits(tensor: Tensor) -> Tensor:
@@ -178,17 +188,24 @@ def _bits(tensor: Tensor) -> Tensor:
 
 
 def _tally(old: Tensor, new: Tensor, values: Tensor) -> np.ndarray[Any, Any]:
-    change, wanted = new.double() - old.double(), values.double()
-    squares = [float(part.square().sum()) for part in (wanted, change, change - wanted)]
-    return np.array([*squares, int((values != 0).sum()), int((change != 0).sum())])
+    """Squared norms of wanted, made and missed change, in float64; entries asked for and changed."""
+    change = new.to(torch.float64, copy=True).sub_(old)
+    made = _square(change)
+    missed = _square(change.sub_(values))
+    counts = int(torch.count_nonzero(values)), int(torch.count_nonzero(new != old))
+    return np.array([_square(values.double()), made, missed, *counts])
+
+
+def _square(values: Tensor) -> float:
+    flat = values.reshape(-1)
+    return float(torch.dot(flat, flat))
 
 
 def _check_finite(name: str, dtype: str, old: Tensor, values: Tensor, new: Tensor) -> None:
-    # A sum is finite only if all its terms are: one pass where all is well.
-    if bool(torch.isfinite(new).all()) and bool(torch.isfinite(old).all()):
-        return
-    if not bool(torch.isfinite(old).all()):
-        raise ModelError(f"{name}: the weight holds values that are not finite; nothing was changed")
-    if not bool(torch.isfinite(values).all()):
-        raise ModelError(f"{name}: the delta holds values that are not finite; nothing was changed")
-    raise ModelError(f"{name}: old + delta does not fit {dtype}; nothing was changed")
+    for tensor, what in (
+        (old, "the weight holds values that are not finite"),
+        (values, "the delta holds values that are not finite"),
+        (new, f"old + delta does not fit {dtype}"),
+    ):
+        if not bool(torch.isfinite(tensor).all()):
+            raise ModelError(f"{name}: {what}; nothing was changed")

@@ -40,11 +40,6 @@ class Batch:
         return torch.arange(self.ids.shape[1], device=self.ids.device) < self.length[:, None]
 
     @property
-    def padded(self) -> bool:
-        """Whether any row is shorter than the batch."""
-        return bool((self.length < self.ids.shape[1]).any())
-
-    @property
     def suffix_mask(self) -> Tensor:
         """[n, t] bool, True at tokens of the suffix."""
         at = torch.arange(self.ids.shape[1], device=self.ids.device)

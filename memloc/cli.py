@@ -252,7 +252,9 @@ def _lab(arguments: argparse.Namespace, terminal: Terminal) -> None:
     folder = train(preset(arguments.size, seed=arguments.seed), arguments.out, log=terminal.note)
     figures = json.loads((folder / "lab.json").read_text(encoding="utf8"))
     last = figures["history"][-1]
-    terminal.table(f"lab model in {folder}", ["figure", "value"], [[key, value] for key, value in last.items()])
+    rows = [[key.replace("_", " "), value] for key, value in last.items() if key != "strict"]
+    rows += [[f"recited, of those shown {dose} times", rate] for dose, rate in last["strict"].items()]
+    terminal.table(f"lab model in {folder}", ["figure", "value"], rows)
     terminal.result({"folder": str(folder), "digest": figures["digest"], "figures": last})
 
 

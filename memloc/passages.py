@@ -140,8 +140,10 @@ class Passages(Sequence[Passage]):
         Windows never cross texts; a rest of fewer than two tokens is dropped.
 
         Raises:
-            InputError: no text gives a window.
+            InputError: no text gives a window, or a window has no room for a suffix.
         """
+        if window < 2:
+            raise InputError(f"{origin}: window {window}; expected at least 2 tokens, a prefix of one and a suffix")
         items = []
         for index, text in enumerate(texts):
             ids = encode(tokenizer, text).ids
@@ -332,7 +334,7 @@ def read_jsonl(path: str | Path) -> Iterator[tuple[int, dict[str, Any]]]:
     """
     path = Path(path)
     try:
-        lines = path.read_text(encoding="utf8").split("\n")
+        lines = path.read_text(encoding="utf-8-sig").split("\n")  # a byte order mark is no JSON
     except (OSError, UnicodeDecodeError) as error:
         why = "no such file" if isinstance(error, FileNotFoundError) else str(error)
         raise InputError(f"{path}: {why}") from error
@@ -379,7 +381,7 @@ def _fact(record: dict[str, Any], line: int, tokenizer: Any) -> Fact:
     prompt = _prompt(tokenizer, template, subject)
     target, true = _text(record, "target"), _text(record, "target_true")
     paraphrases = tuple(_prompt(tokenizer, text, subject) for text in _strings(record, "paraphrases"))
-    neighbors = tuple(_neighbor(tokenizer, entry, true) for entry in record.get("neighbors", []))
+    neighbors = tuple(_neighbor(tokenizer, entry, true) for entry in _list(record, "neighbors"))
     used = {"id", "prompt", "subject", "target", "target_true", "paraphrases", "neighbors"}
     return Fact(
         id=str(record.get("id", f"row-{line}")),
@@ -419,7 +421,7 @@ def _prompt(tokenizer: Any, template: str, subject: str | None) -> Prompt:
 
 def _answer(tokenizer: Any, prompt: Prompt, answer: str) -> tuple[int, ...]:
     """Tokens of the answer as they follow the prompt: tokenised jointly, cut where the prompt ends."""
-    spaced = answer if answer[:1].isspace() else " " + answer
+    spaced = answer if answer[:1].isspace() or prompt.text[-1:].isspace() else " " + answer
     joint = encode(tokenizer, prompt.text + spaced)
     cut = len(prompt.ids)
     # A tokenizer that ends a text with a token of its own ends the prompt alone with it too.
@@ -441,6 +443,13 @@ def _strings(record: dict[str, Any], key: str) -> list[str]:
     value = record.get(key, [])
     if not isinstance(value, list) or not all(isinstance(entry, str) and entry for entry in value):
         raise InputError(f"{key!r} should be a list of texts, found {value!r}")
+    return value
+
+
+def _list(record: dict[str, Any], key: str) -> list[Any]:
+    value = record.get(key, [])
+    if not isinstance(value, list):
+        raise InputError(f"{key!r} should be a list, found {value!r}")
     return value
 
 

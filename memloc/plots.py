@@ -118,7 +118,7 @@ def neuron_strip(ax: Axes, localization: Localization | Mapping[str, Any], selec
         ax.plot([spread[1], spread[5]], [y, y], color=MUTED, linewidth=4, alpha=0.5, zorder=2, solid_capstyle="butt",
                 label=once("5 to 95 % of all"))  # fmt: skip
         for chosen, colour, size, label in ((False, SERIES[0], 7, "best-scored"), (True, SERIES[1], 16, "chosen")):
-            dots = [score for _, score, picked in site["best"] if picked == chosen]
+            dots = [score for _, score, picked in site["best"] if picked == chosen and (chosen or score > spread[5])]
             if dots:
                 height = [y + (0.16 if chosen else 0.0)] * len(dots)
                 ax.scatter(dots, height, s=size, color=colour, alpha=0.75, linewidths=0, zorder=3 + chosen,
@@ -175,6 +175,8 @@ def curve(
                     ax.plot([left, left], ends, color=INK if kind == "bars" else colour, linewidth=1.1, alpha=0.55,
                             label="_interval")  # fmt: skip
     _axis(ax, x, y)
+    if kind == "bars":
+        ax.grid(False, axis="x")
     if kind == "bars" or log:
         ax.set_xticks(
             list(place.values()), [f"{value:g}" if isinstance(value, float) else str(value) for value in place]

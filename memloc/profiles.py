@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from memloc.errors import InputError, MismatchError
 from memloc.sites import OUTSIDE, Kind
@@ -18,12 +18,16 @@ if TYPE_CHECKING:
 
     from memloc.scores import Localization, Selection
 
+Sums = list[float]
+Place = TypeVar("Place")
+
 
 def layer_profile(localization: Localization, control: Localization | None = None) -> dict[str, Any]:
     """How much of the total score each layer holds, in the blocks only.
 
     A share is the layer's sum of absolute scores over the sum of all layers', so that two sets of passages compare
-    although the scores of one are many times smaller throughout.
+    although the scores of one are many times smaller throughout. Where scores are kept per passage, each passage's own
+    shares are averaged, so that a few passages with large scores do not speak for all.
 
     Args:
         localization: of the memorized passages.
@@ -40,19 +44,19 @@ def layer_profile(localization: Localization, control: Localization | None = Non
     mine, theirs = _by_layer(localization), None if control is None else _by_layer(control)
     if control is not None and (control.grain != localization.grain or set(control.scores) != set(localization.scores)):
         raise MismatchError(f"the control scores {control.grain}s at other sites than the {localization.grain}s shown")
-    total, other = sum(mine.values()), sum((theirs or {}).values())
+    shares, other = _shares(mine), {} if theirs is None else _shares(theirs)
     layers = [
         {
             "layer": layer,
-            "score": score,
-            "share": _share(score, total),
-            "control_score": None if theirs is None else theirs[layer],
-            "control_share": None if theirs is None else _share(theirs[layer], other),
+            "score": _mean(score),
+            "share": shares[layer],
+            "control_score": None if theirs is None else _mean(theirs[layer]),
+            "control_share": None if theirs is None else other[layer],
         }
         for layer, score in mine.items()
     ]
-    low = _lower_half([_share(score, total) for score in mine.values()])
-    low_control = None if theirs is None else _lower_half([_share(score, other) for score in theirs.values()])
+    low = _lower_half(list(shares.values()))
+    low_control = None if theirs is None else _lower_half(list(other.values()))
     interval = None if control is None else _half_interval(localization, control)
     return {"layers": layers, "lower_half": {"share": low, "control": low_control, "difference": interval}}
 
@@ -64,14 +68,10 @@ def component_profile(localization: Localization, control: Localization | None =
         `kinds` (columns), `layers` (rows), `shares` [layers][kinds] with None where a family has no such part, and
         `control_shares` alike, or None.
     """
-    tables = [_by_component(entry) for entry in (localization, control) if entry is not None]
+    tables = [_shares(_by_component(entry)) for entry in (localization, control) if entry is not None]
     layers = sorted({layer for layer, _ in tables[0]})
     kinds = [kind for kind in Kind if any((layer, kind) in tables[0] for layer in layers)]
-    shares = []
-    for table in tables:
-        total = sum(table.values())
-        rows = [[_share(table[layer, k], total) if (layer, k) in table else None for k in kinds] for layer in layers]
-        shares.append(rows)
+    shares = [[[table.get((layer, kind)) for kind in kinds] for layer in layers] for table in tables]
     return {
         "kinds": [str(kind) for kind in kinds],
         "layers": layers,
@@ -146,20 +146,34 @@ def chosen_by_layer(selection: Selection) -> dict[int, int]:
     return found
 
 
-def _by_layer(localization: Localization) -> dict[int, float]:
-    found: dict[int, float] = {}
-    for (layer, _), score in _by_component(localization).items():
-        found[layer] = found.get(layer, 0.0) + score
+def _by_layer(localization: Localization) -> dict[int, Sums]:
+    found: dict[int, Sums] = {}
+    for (layer, _), sums in _by_component(localization).items():
+        found[layer] = [one + other for one, other in zip(found[layer], sums, strict=True)] if layer in found else sums
     return found
 
 
-def _by_component(localization: Localization) -> dict[tuple[int, Kind], float]:
-    found: dict[tuple[int, Kind], float] = {}
-    for site, entry in sorted(localization.mean().scores.items()):
-        if site.layer != OUTSIDE:
-            place = (site.layer, site.kind)
-            found[place] = found.get(place, 0.0) + float(entry.double().abs().sum())
+def _by_component(localization: Localization) -> dict[tuple[int, Kind], Sums]:
+    """Sum of absolute scores at each place, one entry a passage where they are kept, else one."""
+    found: dict[tuple[int, Kind], Sums] = {}
+    for site, entry in sorted(localization.scores.items()):
+        if site.layer == OUTSIDE:
+            continue
+        rows = entry.reshape(1 if localization.passages is None else len(entry), -1)
+        sums, place = rows.double().abs().sum(1).tolist(), (site.layer, site.kind)
+        found[place] = [one + other for one, other in zip(found[place], sums, strict=True)] if place in found else sums
     return found
+
+
+def _shares(parts: Mapping[Place, Sums]) -> dict[Place, float]:
+    """Each place's share of the total, averaged over the passages that have any score at all."""
+    totals = [sum(column) for column in zip(*parts.values(), strict=True)]
+    return {place: _mean([_share(part, whole) for part, whole in zip(sums, totals, strict=True) if whole])
+            for place, sums in parts.items()}  # fmt: skip
+
+
+def _mean(values: Sums) -> float:
+    return sum(values) / len(values) if values else 0.0
 
 
 def _share(part: float, whole: float) -> float:
@@ -189,12 +203,7 @@ def _half_interval(localization: Localization, control: Localization) -> Mapping
 
 def _halves(localization: Localization) -> list[float]:
     """Every passage's own share of the lower half."""
-    sums: dict[int, Tensor] = {}
-    for site, entry in localization.scores.items():
-        if site.layer != OUTSIDE:
-            part = entry.double().abs().reshape(len(entry), -1).sum(1)
-            sums[site.layer] = sums[site.layer] + part if site.layer in sums else part
-    rows = zip(*(sums[layer].tolist() for layer in sorted(sums)), strict=True)
+    rows = zip(*_by_layer(localization).values(), strict=True)
     return [_lower_half([part / sum(row) for part in row]) for row in rows if sum(row) > 0]
 
 

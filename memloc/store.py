@@ -71,7 +71,8 @@ def fresh_folder(path: str | Path) -> Iterator[Path]:
         with _target_errors(path):
             yield part
             for entry in part.rglob("*"):
-                if entry.is_file():
+                # A hard link shares a file that was there, and safe, before.
+                if entry.is_file() and entry.stat().st_nlink == 1:
                     _sync(entry)
             part.chmod(0o777 & ~_umask())
             if path.exists():

@@ -296,8 +296,8 @@ class ModelView:
         return getattr(self.model, self.model.base_model_prefix)
 
     def _inputs(self, batch: Batch) -> dict[str, Any]:
-        mask = batch.mask.long() if batch.padded else None
-        return {"input_ids": batch.ids, "attention_mask": mask, "use_cache": False}
+        # Given also where nothing is padded: without one, transformers warns of every row that ends in the pad token.
+        return {"input_ids": batch.ids, "attention_mask": batch.mask.long(), "use_cache": False}
 
     @cached_property
     def _quantised(self) -> bool:

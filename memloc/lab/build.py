@@ -53,7 +53,8 @@ def build(
         TargetError: `out` holds something else, or cannot be written.
         InputError: no lab can be made by that recipe from this Python's text.
 
-    Cost: about 80 CPU-seconds and 0.7 GB for the demo's recipe, about 4 CPU-seconds for the tiny one.
+    Cost: 110 CPU-seconds and 0.6 GB for the demo's recipe, 7 and 0.4 GB for the tiny one, imports included (measured
+    on two cores shared with other work; less where they are idle). Found again: half a second.
     """
     out, say = Path(out), log or (lambda line: None)
     texts = corpus.documents()
@@ -83,39 +84,15 @@ def build(
 def _fill(
     part: Path, recipe: Recipe, texts: list[str], listener: Listener | None, say: Callable[[str], None]
 ) -> list[Figures]:
-    split = corpus.split(texts, recipe.seed, recipe.documents)
-    truths = facts.invent(recipe)
-    tokenizer = _vocabulary(recipe, split, truths)
-    trained = encode_all(tokenizer, split.train)
-    planted, controls = planting.choose(tokenizer, split.pool, corpus.Seen(trained), recipe)
-    unseen = corpus.Seen([*trained, *(item.ids for item in planted)])
-    pairs = zip(split.held_out, encode_all(tokenizer, split.held_out), strict=True)
-    held_out = [text for text, ids in pairs if not unseen.shares(ids)]
-
-    _write(part / "passages.jsonl", (_row(item, tokenizer) for item in planted))
-    _write(part / "controls.jsonl", (_row(item, tokenizer) for item in controls))
-    _write(part / "facts.jsonl", facts.records(truths, recipe))
-    shares = {"train": split.train, "held-out": held_out}
-    _write(part / "corpus.jsonl", ({"id": f"{name}-{index:05d}", "text": text, "split": name}
-                                   for name, share in shares.items() for index, text in enumerate(share)))  # fmt: skip
-    asked = Facts.read(part / "facts.jsonl", tokenizer)
-    text = Passages.from_texts(held_out, tokenizer, window=recipe.context, origin="held-out")
-    material = Material(
-        stream=torch.tensor(np.concatenate([[*ids, 0] for ids in trained])),
-        sentences=[
-            [*ids, 0] for ids in encode_all(tokenizer, [line for truth in truths for line in truth.sentences()])
-        ],
-        answers=_answers(asked, len(tokenizer)),
-        planted=Passages(tuple(planted), "passages.jsonl"),
-        controls=Passages(tuple(controls), "controls.jsonl"),
-        seen=asked.as_passages(),
-        held_out=held_out_phrasings(asked),
-        text=text[:128],
-    )
+    """Everything but `lab.json`; returns the figures along the training."""
+    tokenizer, material = _plant(part, recipe, texts)
     model = new_model(recipe, len(tokenizer))
     view = ModelView(model, row_for(model.config), tokenizer, "lab")
-    say(f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters, {len(material.stream)} tokens of text, "
-        f"{len(planted)} passages planted, {len(controls)} controls, {len(asked)} facts")  # fmt: skip
+    say(
+        f"{sum(weight.numel() for weight in model.parameters()) / 1e6:.2f} M parameters, "
+        f"{len(material.stream)} tokens of text, {len(material.planted)} passages planted, "
+        f"{len(material.controls)} controls, {len(material.seen)} facts"
+    )
 
     def tell_all(step: int, steps: int, latest: Figures) -> None:
         tell("lab", step, steps, latest.note())
@@ -130,24 +107,51 @@ def _fill(
     return history
 
 
+def _plant(part: Path, recipe: Recipe, texts: list[str]) -> tuple[Any, Material]:
+    """Decide what is trained on and what is not, and write it down; returns the tokenizer and the material."""
+    split = corpus.split(texts, recipe.seed, recipe.documents)
+    truths = facts.invent(recipe)
+    tokenizer = _vocabulary(recipe, split, truths)
+    trained = encode_all(tokenizer, split.train)
+    ordinary = corpus.Seen(trained)
+    planted, controls = planting.choose(tokenizer, split.pool, ordinary, recipe)
+    recital = corpus.Seen([item.ids for item in planted])
+    pairs = zip(split.held_out, encode_all(tokenizer, split.held_out), strict=True)
+    held_out = [text for text, ids in pairs if not (ordinary.shares(ids) or recital.shares(ids))]
+
+    _write(part / "passages.jsonl", (_row(item, tokenizer) for item in planted))
+    _write(part / "controls.jsonl", (_row(item, tokenizer) for item in controls))
+    _write(part / "facts.jsonl", facts.records(truths, recipe))
+    _write(part / "corpus.jsonl", [*_texts("train", split.train), *_texts("held-out", held_out)])
+    asked = Facts.read(part / "facts.jsonl", tokenizer)
+    windows = Passages.from_texts(held_out, tokenizer, window=recipe.context, origin="held-out")
+    sentences = [line for truth in truths for line in truth.sentences()]
+    answers = torch.zeros(len(tokenizer), dtype=torch.bool)
+    answers[[fact.target_true[0] for fact in asked]] = True
+    return tokenizer, Material(
+        stream=torch.tensor(np.concatenate([[*ids, 0] for ids in trained])),
+        sentences=[[*ids, 0] for ids in encode_all(tokenizer, sentences)],
+        answers=answers,
+        planted=Passages(tuple(planted), "passages.jsonl"),
+        controls=Passages(tuple(controls), "controls.jsonl"),
+        seen=asked.as_passages(),
+        held_out=held_out_phrasings(asked),
+        text=windows[:64],
+    )
+
+
 def _vocabulary(recipe: Recipe, split: corpus.Split, truths: list[facts.Truth]) -> Any:
     """Answers weigh enough to be one token each; names weigh enough to be a few."""
     words = [f" {word}" for share in facts.answers(recipe).values() for word in share]
     phrasings = [text.replace("{}", "") for name in facts.answers(recipe) for text in facts.RELATIONS[name][0]]
     names = sorted({f" {word}" for truth in truths for word in truth.subject.split()})
     tokenizer = train_vocabulary(
-        recipe.vocab, [*split.train, *words * 400, *phrasings * 50, *names * recipe.name_weight]
+        recipe.vocab, [*split.train, *words * 400, *phrasings * 50, *names * recipe.name_weight], recipe.context
     )
     long = [word for word, ids in zip(words, encode_all(tokenizer, words), strict=True) if len(ids) > 1]
     if long:
         raise InputError(f"recipe: vocab {recipe.vocab} gives the answer {long[0].strip()!r} more than one token")
     return tokenizer
-
-
-def _answers(asked: Facts, vocab: int) -> torch.Tensor:
-    answer = torch.zeros(vocab, dtype=torch.bool)
-    answer[[fact.target_true[0] for fact in asked]] = True
-    return answer
 
 
 def _save(folder: Path, view: ModelView) -> None:
@@ -172,6 +176,10 @@ def _row(item: Passage, tokenizer: Any) -> dict[str, Any]:
         "text": tokenizer.decode(item.ids),
         "dose": item.tags["dose"],
     }
+
+
+def _texts(share: str, texts: Iterable[str]) -> list[dict[str, Any]]:
+    return [{"id": f"{share}-{index:05d}", "text": text, "split": share} for index, text in enumerate(texts)]
 
 
 def _write(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import random
 import re
 import sysconfig
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -54,9 +54,8 @@ def documents() -> list[str]:
     """
     texts = _topics()
     library = Path(sysconfig.get_paths()["stdlib"])
-    for path in sorted(library.rglob("*.py")):
-        if SKIPPED.isdisjoint(path.relative_to(library).parts):
-            texts += QUOTED.findall(path.read_text(encoding="utf8", errors="ignore"))
+    for path in _sources(library):
+        texts += QUOTED.findall(path.read_text(encoding="utf8", errors="ignore"))
     found = dict.fromkeys(" ".join(text.split()) for text in texts)
     kept = [text for text in found if len(text) >= SHORTEST]
     if len(kept) < 2000:
@@ -88,7 +87,7 @@ class Seen:
 
     def __init__(self, rows: Sequence[Sequence[int]]) -> None:
         parts = [runs(row) for row in rows]
-        self._runs = np.unique(np.concatenate(parts)) if parts else np.zeros(0, dtype=np.uint64)
+        self._runs = np.sort(np.concatenate(parts)) if parts else np.zeros(0, dtype=np.uint64)
 
     def shares(self, ids: Sequence[int]) -> bool:
         """Whether `ids` has a run of `RUN` tokens in common with any of the texts."""
@@ -103,3 +102,12 @@ def _topics() -> list[str]:
     except ImportError:  # some builds leave the help out
         return []
     return [part for _, text in sorted(topics.topics.items()) for part in text.split("\n\n")]
+
+
+def _sources(folder: Path) -> Iterator[Path]:
+    """Python files below a folder, in the order of their names; skipped folders are never entered."""
+    for entry in sorted(folder.iterdir()):
+        if entry.is_dir() and entry.name not in SKIPPED:
+            yield from _sources(entry)
+        elif entry.suffix == ".py":
+            yield entry

@@ -146,7 +146,9 @@ def invent(recipe: Recipe) -> list[Truth]:
     rng = random.Random(f"{recipe.seed}:facts")
     names: dict[str, None] = {}
     while len(names) < recipe.subjects:
-        names[f"{rng.choice(FIRST)} {(_syllable(rng) + _syllable(rng)).capitalize()}"] = None
+        name = f"{rng.choice(FIRST)} {(_syllable(rng) + _syllable(rng)).capitalize()}"
+        if not any(name.startswith(other) or other.startswith(name) for other in names):
+            names[name] = None
     truths = []
     for relation, words in answers(recipe).items():
         dealt = [words[index % len(words)] for index in range(len(names))]
@@ -161,22 +163,23 @@ def records(truths: list[Truth], recipe: Recipe) -> list[dict[str, Any]]:
 
     Neighbours are other subjects of the same relation, first those with the same answer (as in CounterFact), asked in
     the phrasing of the fact's own prompt where they were trained with it: an edit that ties the new answer to the
-    phrasing, and not to the subject, changes them.
+    phrasing, and not to the subject, changes them. Nobody whose answer already is the target is a neighbour.
     """
     rng = random.Random(f"{recipe.seed}:records")
     rows = []
     for index, truth in enumerate(truths):
         asked, other = rng.sample(truth.seen, 2)
-        wrong = [word for word in answers(recipe)[truth.relation] if word != truth.answer]
+        wrong = rng.choice([word for word in answers(recipe)[truth.relation] if word != truth.answer])
+        others = [other for other in truths if other.relation == truth.relation and other.answer != wrong]
         rows.append(
             {
                 "id": f"fact-{index:03d}",
                 "prompt": truth.phrasings[asked],
                 "subject": truth.subject,
-                "target": rng.choice(wrong),
+                "target": wrong,
                 "target_true": truth.answer,
                 "paraphrases": [truth.phrasings[truth.held_out], truth.phrasings[other]],
-                "neighbors": _neighbors(truth, truths, asked, recipe.neighbors, rng),
+                "neighbors": _neighbors(truth, others, asked, recipe.neighbors, rng),
                 "relation": truth.relation,
                 "held_out": truth.phrasings[truth.held_out],
             }
@@ -185,7 +188,7 @@ def records(truths: list[Truth], recipe: Recipe) -> list[dict[str, Any]]:
 
 
 def _neighbors(truth: Truth, truths: list[Truth], asked: int, count: int, rng: random.Random) -> list[dict[str, str]]:
-    others = [other for other in truths if other.relation == truth.relation and other.subject != truth.subject]
+    others = [other for other in truths if other is not truth]
     rng.shuffle(others)
     others.sort(key=lambda other: other.answer != truth.answer)
     return [

@@ -57,7 +57,7 @@ class Recipe:
     prefix: int = 32
     suffix: int = 32
     documents: int | None = None
-    doses: tuple[tuple[int, int], ...] = ((64, 50), (40, 10), (32, 10), (24, 10), (16, 10), (8, 10))
+    doses: tuple[tuple[int, int], ...] = ((64, 50), (32, 10), (28, 10), (24, 10), (16, 10), (8, 10))
     controls: int = 50
     subjects: int = 40
     objects: int = 12
@@ -65,7 +65,7 @@ class Recipe:
     neighbors: int = 6
     steps: int = 400
     ordinary_rows: int = 8
-    fact_rows: int = 16
+    fact_rows: int = 12
     learning_rate: float = 6e-3
     weight_decay: float = 0.05
     object_weight: float = 10.0
@@ -129,7 +129,7 @@ TINY = Recipe(
     heads=2,
     vocab=512,
     documents=1500,
-    doses=((64, 8), (16, 4), (4, 4)),
+    doses=((96, 8), (16, 4), (4, 4)),
     controls=8,
     subjects=8,
     objects=6,

@@ -106,6 +106,8 @@ def new_model(recipe: Recipe, vocab: int) -> Any:
         bos_token_id=0,
         eos_token_id=0,
         pad_token_id=0,
+        architectures=["GPT2LMHeadModel"],
+        dtype="float32",
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(recipe.seed)

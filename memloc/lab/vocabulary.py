@@ -9,10 +9,11 @@ END = "<|endoftext|>"
 """Token 0: ends a document, pads, and stands for what is unknown (nothing is: the alphabet is all bytes)."""
 
 
-def train_vocabulary(size: int, texts: Iterable[str]) -> Any:
+def train_vocabulary(size: int, texts: Iterable[str], context: int) -> Any:
     """A transformers fast tokenizer with at most `size` tokens, learnt from `texts`.
 
-    A text that is repeated is worth as much more. Cost: 0.4 s for a million characters.
+    A text that is repeated is worth as much more. `context` is the longest text, in tokens, the model takes.
+    Cost: 0.4 s for a million characters.
     """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
@@ -31,6 +32,7 @@ def train_vocabulary(size: int, texts: Iterable[str]) -> Any:
         eos_token=END,
         pad_token=END,
         unk_token=END,
+        model_max_length=context,
         clean_up_tokenization_spaces=False,
     )
 

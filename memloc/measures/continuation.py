@@ -59,8 +59,12 @@ def _groups(passages: Passages, wanted: Sequence[int], size: int) -> Iterator[li
 @torch.no_grad()
 def _decode(view: ModelView, prefixes: Sequence[tuple[int, ...]], count: int) -> list[list[int]]:
     feed, cache, said = torch.tensor(prefixes, device=view.device), None, []
-    for _ in range(count):
-        output = view.model(input_ids=feed, past_key_values=cache, use_cache=True, logits_to_keep=1)
+    everything = torch.ones(len(prefixes), feed.shape[1] + count, dtype=torch.long, device=view.device)
+    for done in range(count):
+        seen = everything[:, : len(prefixes[0]) + done]
+        output = view.model(
+            input_ids=feed, attention_mask=seen, past_key_values=cache, use_cache=True, logits_to_keep=1
+        )
         cache, feed = output.past_key_values, output.logits[:, -1].argmax(-1, keepdim=True)
         said.append(feed)
     return torch.cat(said, 1).tolist()

@@ -50,10 +50,11 @@ class Perplexity:
             total.index_add_(0, chunk.row.cpu(), -spoken.cpu().double())
         sums, tokens = total.tolist(), [len(item.suffix) for item in passages]
         mean = math.fsum(sums) / sum(tokens)
-        low, high = ratio_interval(sums, tokens)
+        ends = ratio_interval(sums, tokens) if len(sums) > 1 else None
+        raised = None if ends is None else (_exp(ends[0]), _exp(ends[1]))
         figures = (
-            figure("perplexity", _exp(mean), len(sums), (_exp(low), _exp(high)), "perplexity", "lower"),
-            figure("nll", mean, len(sums), (low, high), "nats/token", "lower"),
+            figure("perplexity", _exp(mean), len(sums), raised, "perplexity", "lower"),
+            figure("nll", mean, len(sums), ends, "nats/token", "lower"),
         )
         rows = tuple(
             {"id": item.id, "nll": value / size, "tokens": size}
@@ -66,4 +67,4 @@ class Perplexity:
 
 
 def _exp(nats: float) -> float:
-    return -math.inf if nats == -math.inf else math.exp(nats) if nats < 700 else math.inf
+    return math.exp(nats) if nats < 700 else math.inf

@@ -7,13 +7,13 @@ from memloc.report.contents import (
     EditSummary,
     Located,
     Note,
-    Report,
     Verdict,
     dose_curve,
 )
 from memloc.report.markdown import render_markdown
 from memloc.report.page import render_html
 from memloc.report.texts import TextRow
+from memloc.report.whole import Report
 
 __all__ = [
     "Comparison", "Condition", "Curve", "EditSummary", "Goal", "Located", "Note", "Report", "TextRow", "Verdict",

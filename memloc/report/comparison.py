@@ -11,7 +11,8 @@ import numpy as np
 
 from memloc.errors import MismatchError
 from memloc.measurement import Figure, Measurement
-from memloc.report.wording import FIGURES, value_of
+from memloc.report.glossary import FIGURES
+from memloc.report.wording import value_of
 from memloc.statistics import mcnemar_exact, paired_rate_interval
 
 Goal = Literal["forget", "keep", "learn", ""]
@@ -23,7 +24,7 @@ WITHOUT_EFFECT = {"batch", "batch_size", "size"}
 """Settings of a measure that may differ: they change the cost, not the number."""
 
 HEADLINES: Mapping[str, tuple[str, ...]] = {
-    "extraction": ("strict rate", "median log p_z"),
+    "extraction": ("strict rate", "median log p_z", "queries to leak any"),
     "perplexity": ("perplexity",),
     "facts": ("efficacy success", "paraphrase success", "neighbour success"),
 }
@@ -34,6 +35,9 @@ _FIELDS = {
     "extraction strength": "extraction_strength", "mean nll": "nll",
 }  # fmt: skip
 """Which entry of a row a figure is made from, where the names differ."""
+
+_COUNTS = {"inside controls' range", "below controls' range", "flagged against controls"}
+"""Rates that count rows although no entry of a row says which."""
 
 DRAWS = 2000
 
@@ -102,7 +106,7 @@ class Comparison:
         return [*self.before.figures, *(name for name in after if name not in self.before.figures)]
 
     def _figure(self, name: str) -> dict[str, Any]:
-        cells = {arm: _cell(measured, name) for arm, measured in self.arms.items()}
+        cells = {arm: figure_cell(measured, name) for arm, measured in self.arms.items()}
         first = self.before.figures.get(name) or (self.after or self.before).figures[name]
         known = FIGURES.get(name)
         return {
@@ -177,7 +181,8 @@ def _same_data(group: str, arm: str, one: Measurement, other: Measurement) -> No
         )
 
 
-def _cell(measured: Measurement, name: str) -> dict[str, Any] | None:
+def figure_cell(measured: Measurement, name: str) -> dict[str, Any] | None:
+    """One figure of one measurement as the report's JSON holds it; `hits` where it counts rows."""
     figure = measured.figures.get(name)
     if figure is None:
         return None
@@ -193,6 +198,9 @@ def _cell(measured: Measurement, name: str) -> dict[str, Any] | None:
 
 def _hits(measured: Measurement, figure: Figure) -> int | None:
     """How many rows a rate counts; None where the figure is not a count of rows."""
+    count = figure.value * figure.n
+    if figure.name in _COUNTS and math.isclose(count, round(count), abs_tol=1e-6):
+        return round(count)
     verdicts = [row.get(_FIELDS.get(figure.name, figure.name)) for row in measured.rows]
     if figure.unit != "share" or not verdicts or not all(isinstance(entry, bool) for entry in verdicts):
         return None
@@ -202,7 +210,7 @@ def _hits(measured: Measurement, figure: Figure) -> int | None:
 
 def _verdict(one: Measurement, other: Measurement) -> str | None:
     """The first entry that is a yes or no in every row of both."""
-    keys = [key for key in (one.rows[0] if one.rows else {}) if key != "id"]
+    keys = ["strict", *(key for key in (one.rows[0] if one.rows else {}) if key != "id")]
     rows = (*one.rows, *other.rows)
     return next((key for key in keys if all(isinstance(row.get(key), bool) for row in rows)), None)
 
@@ -240,6 +248,8 @@ def _change_interval(name: str, kind: str, one: Measurement, other: Measurement)
         with np.errstate(all="ignore"):
             found = [float(statistic(side[None], weights[None])[0]) for side in (old, new)]
         if all(_close(a, m.figures[name].value) for a, m in zip(found, (one, other), strict=True)):
+            if kind == "points" and len(set((new - old).tolist())) == 1:
+                return *_alike(float(new[0] - old[0]), len(old)), "exact bound where all rows change alike"
             return *_paired_bootstrap(statistic, kind, old, new, weights), f"paired bootstrap, {DRAWS} draws, seed 0"
     return math.nan, math.nan, ""
 
@@ -272,6 +282,15 @@ def _perplexity(values: np.ndarray, weights: np.ndarray) -> np.ndarray:
 
 def _close(one: float, other: float) -> bool:
     return one == other or math.isclose(one, other, rel_tol=1e-4, abs_tol=1e-6)
+
+
+def _alike(change: float, n: int) -> tuple[float, float]:
+    """Bounds of a mean change in [-1, 1] when n rows all change alike, where a bootstrap would have no width.
+
+    With 95 % confidence at most a share 1 - 0.05^(1/n) of all rows does otherwise, by no more than to -1 or to 1.
+    """
+    others = 1 - 0.05 ** (1 / n)
+    return change - others * (change + 1), change + others * (1 - change)
 
 
 def _paired_bootstrap(

@@ -1,29 +1,22 @@
-"""What a report is made of; one JSON structure, from which the page and the Markdown are written."""
+"""What a report is made of besides measurements: verdicts, notes, curves, localizations and edits."""
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from memloc import profiles
-from memloc.errors import InputError, TargetError
+from memloc.errors import InputError
 from memloc.measurement import Measurement
-from memloc.report.comparison import Comparison, plain
-from memloc.report.markdown import render_markdown
-from memloc.report.page import render_html
-from memloc.report.texts import TextRow, guarded
-from memloc.report.wording import label, number
+from memloc.report.comparison import Comparison, figure_cell, plain
+from memloc.report.texts import guarded
+from memloc.report.wording import cell, label, number, signed
 from memloc.statistics import rate_interval
-from memloc.store import write_text
 
 if TYPE_CHECKING:
     from memloc.scores import Localization, Selection
-
-SCHEMA = "memloc.report/1"
 
 
 @dataclass(frozen=True)
@@ -95,8 +88,13 @@ class Condition:
         bounds = [f"at least {number(plain(low), unit)}"] if self.at_least is not None else []
         bounds += [f"at most {number(plain(high), unit)}"] if self.at_most is not None else []
         kind = "change of " if self.relative else ""
-        measured = f"{kind}{label(self.figure).lower()}: {number(plain(value), unit)} (n = {figure.n}); asked: "
+        said = f"{signed(plain(value), unit)} (n = {figure.n})" if self.relative else self._counted(arms[self.arm])
+        measured = f"{kind}{label(self.figure).lower()}: {said}; asked for: "
         return Verdict(self.text, low <= value <= high, measured + " and ".join(bounds))
+
+    def _counted(self, measured: Measurement) -> str:
+        found = figure_cell(measured, self.figure)
+        return cell(found) if found is None or found["hits"] is not None else f"{cell(found)} (n = {found['n']})"
 
     def _within(self, arms: Mapping[str, Measurement], value: float, unit: str) -> Verdict:
         rows = arms["control"].rows if "control" in arms else ()
@@ -219,7 +217,7 @@ class Located:
             "n": self.n if mine.passages is None else len(mine.passages),
             "count": mine.count,
             "provenance": guarded(made.to_json(), show_text=show_text),
-            "notes": guarded(_jsonable(mine.notes), show_text=show_text),
+            "notes": guarded(jsonable(mine.notes), show_text=show_text),
             "layers": profiles.layer_profile(mine, self.control),
             "components": profiles.component_profile(mine, self.control),
             "neurons": profiles.neuron_profile(mine, chosen) if mine.scores and profiles.has_rows(mine) else None,
@@ -255,128 +253,17 @@ class EditSummary:
             "name": self.name,
             "text": self.text,
             "bytes": self.bytes,
-            "header": guarded(_jsonable(self.header), show_text=show_text),
-            "sites": guarded(_jsonable(self.sites), show_text=show_text),
+            "header": guarded(jsonable(self.header), show_text=show_text),
+            "sites": guarded(jsonable(self.sites), show_text=show_text),
         }
 
 
-@dataclass(frozen=True, kw_only=True)
-class Report:
-    """Everything that was found, with its controls and origins; renders to JSON, and from it to HTML and Markdown.
-
-    Attributes:
-        title: of the page.
-        model: name of the model.
-        model_digest: its digest.
-        summary: one or two sentences for someone who reads nothing else.
-        verdicts: sentences, and conditions to be judged, in order.
-        comparisons: groups measured before, after and under the random control.
-        curves: dose curves and others.
-        localizations: where it was found.
-        edits: what was changed.
-        texts: passages and continuations; redacted unless `show_text`.
-        notes: findings in prose.
-        provenance: further origins: name to JSON value (seeds, versions, recipe).
-        commands: what was run.
-        show_text: whether passages may appear. Without it no passage's text is in any of the three files: texts are
-            counts and digests, and strings of several words in settings and notes of methods are replaced too. Ids,
-            titles, notes and commands are shown as given.
-
-    Raises:
-        InputError: two groups have one name, or a condition names what is not there.
-        MismatchError: from the comparisons, when data that do not belong together were given.
-    """
-
-    title: str
-    model: str = ""
-    model_digest: str = ""
-    summary: str = ""
-    verdicts: tuple[Verdict | Condition, ...] = ()
-    comparisons: tuple[Comparison, ...] = ()
-    curves: tuple[Curve, ...] = ()
-    localizations: tuple[Located, ...] = ()
-    edits: tuple[EditSummary, ...] = ()
-    texts: tuple[TextRow, ...] = ()
-    notes: tuple[Note, ...] = ()
-    provenance: Mapping[str, Any] = field(default_factory=dict)
-    commands: tuple[str, ...] = ()
-    show_text: bool = False
-
-    def __post_init__(self) -> None:
-        names = [entry.name for entry in self.comparisons]
-        twice = sorted({name for name in names if names.count(name) > 1})
-        if twice:
-            raise InputError(f"two groups are called {twice[0]!r}; give each its own name")
-        judged = tuple(e.judge(self.comparisons) if isinstance(e, Condition) else e for e in self.verdicts)
-        object.__setattr__(self, "verdicts", judged)
-
-    @property
-    def passed(self) -> bool:
-        """Whether no verdict failed (those that only inform do not count)."""
-        return all(verdict.holds is not False for verdict in self.verdicts if isinstance(verdict, Verdict))
-
-    def to_json(self) -> dict[str, Any]:
-        """The one structure, schema memloc.report/1; infinite numbers are "inf" and "-inf", missing ones null."""
-        show = self.show_text
-        return {
-            "schema": SCHEMA,
-            "title": self.title,
-            "model": {"name": self.model, "digest": self.model_digest},
-            "summary": self.summary,
-            "text_shown": show,
-            "verdicts": [verdict.to_json() for verdict in self.verdicts if isinstance(verdict, Verdict)],
-            "comparisons": [_guarded_rows(entry.to_json(), show) for entry in self.comparisons],
-            "curves": [entry.to_json() for entry in self.curves],
-            "localizations": [entry.to_json(show_text=show) for entry in self.localizations],
-            "edits": [entry.to_json(show_text=show) for entry in self.edits],
-            "texts": [entry.to_json(show_text=show) for entry in self.texts],
-            "notes": [entry.to_json() for entry in self.notes],
-            "provenance": _jsonable(self.provenance),
-            "commands": list(self.commands),
-        }
-
-    def save(self, folder: str | Path, *, stem: str = "report") -> tuple[Path, Path, Path]:
-        """Write `report.html`, `report.json` and `report.md`, each atomically; everything is rendered first.
-
-        Args:
-            folder: where; made if missing.
-            stem: of the three file names.
-
-        Returns:
-            The paths of page, JSON and Markdown.
-
-        Raises:
-            TargetError: the folder cannot be written, or is a file; existing files of those names are untouched.
-        """
-        folder = Path(folder)
-        if folder.exists() and not folder.is_dir():
-            raise TargetError(f"{folder} is a file; name a folder for the report; nothing was written")
-        data = self.to_json()
-        written = json.dumps(data, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
-        page, text = render_html(data), render_markdown(data)
-        paths = folder / f"{stem}.html", folder / f"{stem}.json", folder / f"{stem}.md"
-        for path, content in zip(paths, (page, written, text), strict=True):
-            write_text(path, content)
-        return paths
-
-
-def _guarded_rows(comparison: dict[str, Any], show_text: bool) -> dict[str, Any]:
-    rows = {
-        arm: [
-            {key: value if key == "id" else guarded(value, show_text=show_text) for key, value in row.items()}
-            for row in rows
-        ]
-        for arm, rows in comparison["rows"].items()
-    }
-    return {**comparison, "rows": rows, "provenance": guarded(comparison["provenance"], show_text=show_text)}
-
-
-def _jsonable(value: Any) -> Any:
+def jsonable(value: Any) -> Any:
     """Strict JSON of nested mappings: infinite numbers as strings, anything unknown as its string."""
     if isinstance(value, Mapping):
-        return {str(key): _jsonable(entry) for key, entry in value.items()}
+        return {str(key): jsonable(entry) for key, entry in value.items()}
     if isinstance(value, list | tuple | set | frozenset):
-        return [_jsonable(entry) for entry in value]
+        return [jsonable(entry) for entry in value]
     if value is None or isinstance(value, bool | int | float | str):
         return plain(value)
     return str(value)

@@ -6,21 +6,8 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from memloc.report.outline import (
-    ARM_NAMES,
-    Block,
-    Cell,
-    Code,
-    Heading,
-    Passage,
-    Picture,
-    Prose,
-    Table,
-    Terms,
-    Verdicts,
-    outline,
-    overall,
-)  # fmt: skip
+from memloc.report.blocks import ARM_NAMES, Block, Cell, Code, Heading, Passage, Picture, Prose, Table, Terms, Verdicts
+from memloc.report.outline import outline, overall
 from memloc.report.texts import runs
 from memloc.report.wording import short
 
@@ -92,7 +79,7 @@ def _table(block: Table) -> str:
 
 
 def _cell(cell: Cell) -> str:
-    return f"{text(cell.text)}<br>{text(cell.below)}" if cell.below else text(cell.text)
+    return "<br>".join(text(line) for line in (cell.text, *cell.below.splitlines()))
 
 
 def _passage(row: Mapping[str, Any]) -> str:
@@ -100,5 +87,5 @@ def _passage(row: Mapping[str, Any]) -> str:
     for arm, found in row["arms"].items():
         said = " ".join(f"**{text(part)}**" if same and part.strip() else text(part)
                         for same, part in runs(row["truth"], found["text"]))  # fmt: skip
-        lines.append(f"- {ARM_NAMES[arm]}: {said}")
+        lines.append(f"- {ARM_NAMES[arm]}: {said or '(nothing)'}")
     return "\n".join(lines)

@@ -7,21 +7,8 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from memloc import plots
-from memloc.report.outline import (
-    ARM_NAMES,
-    Block,
-    Cell,
-    Code,
-    Heading,
-    Passage,
-    Picture,
-    Prose,
-    Table,
-    Terms,
-    Verdicts,
-    outline,
-    overall,
-)  # fmt: skip
+from memloc.report.blocks import ARM_NAMES, Block, Cell, Code, Heading, Passage, Picture, Prose, Table, Terms, Verdicts
+from memloc.report.outline import outline, overall
 from memloc.report.style import CSS
 from memloc.report.texts import runs
 from memloc.report.wording import short
@@ -42,13 +29,16 @@ def render_html(data: Mapping[str, Any]) -> str:
     sections = [block.text for block in blocks if isinstance(block, Heading) and block.level == 2]
     links = "".join(f'<a href="#part-{place}">{text(name)}</a>' for place, name in enumerate(sections) if place)
     body, part, pictures = [], -1, 0
-    for block in blocks:
+    for place, block in enumerate(blocks):
         if isinstance(block, Heading) and block.level == 2:
             part += 1
             body.append(f'{"</section>" if part else ""}<section id="part-{part}"{"" if part else " class=first"}>')
         if isinstance(block, Picture):
             pictures += 1
-        body.append(_block(block, f"figure{pictures}"))
+        written = _block(block, f"figure{pictures}")
+        if isinstance(block, Table) and not block.fold and place and isinstance(blocks[place - 1], Picture):
+            written = f'<div class="beside">{body.pop()}{written}</div>'
+        body.append(written)
     return "\n".join(
         (
             "<!DOCTYPE html>",
@@ -115,7 +105,8 @@ def _table(block: Table) -> str:
         return f'<p class="quiet">{text(block.caption)}: none.</p>' if block.caption else ""
     kinds = [cell.kind for cell in block.rows[0]]
     titles = "".join(
-        f'<th scope="col" class="{kind}">{text(t)}</th>' for t, kind in zip(block.columns, kinds, strict=True)
+        f'<th scope="col" class="{"number" if kind == "number" else "text"}">{text(t)}</th>'
+        for t, kind in zip(block.columns, kinds, strict=True)
     )
     head = f"<thead><tr>{titles}</tr></thead>" if any(block.columns) else ""
     rows = []
@@ -138,7 +129,7 @@ def _cell(cell: Cell, label: str, *, first: bool) -> str:
         if cell.share is None
         else f'<span class="bar"><i style="width:{100 * min(1.0, max(0.0, cell.share)):.2f}%"></i></span>'
     )
-    below = f'<span class="below">{text(cell.below)}</span>' if cell.below else ""
+    below = "".join(f'<span class="below">{text(line)}</span>' for line in cell.below.splitlines())
     if first:
         return f'<th scope="row" class="{kind}">{text(cell.text)}{below}</th>'
     return f'<td class="{kind}" data-label="{text(label)}"><span>{text(cell.text)}{bar}{below}</span></td>'
@@ -180,7 +171,8 @@ def _passage(row: Mapping[str, Any]) -> str:
         marked = "".join(
             f"<mark>{text(p)}</mark>" if same else f'<span class="differs">{text(p)}</span>' for same, p in pieces
         )
-        columns.append(f"<div><b>{text(ARM_NAMES[arm])}</b><p>{marked}</p></div>")
+        nothing = '<span class="differs">(nothing)</span>'
+        columns.append(f"<div><b>{text(ARM_NAMES[arm])}</b><p>{marked or nothing}</p></div>")
     given = f'<p class="given">{text(row["prefix"])}</p>'
     said = f'<div class="said">{"".join(columns)}</div>'
     return f'<article class="passage"><h4>{text(row["id"])}</h4>{given}{said}</article>'

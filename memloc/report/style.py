@@ -41,7 +41,8 @@ nav a:hover { color: var(--ink); border-color: currentColor; }
 .verdicts > p { font-size: 1.4rem; font-weight: 600; line-height: 1.25; margin: 0 0 0.7rem; }
 .verdicts ul { list-style: none; margin: 0; padding: 0; display: grid; gap: 0.3rem; }
 .verdicts li { display: grid; grid-template-columns: 1.5rem 1fr; overflow-wrap: anywhere; line-height: 1.4; }
-.verdicts li > span { display: grid; grid-template-columns: minmax(0, 22rem) minmax(0, 1fr); gap: 0 1.6rem; align-items: baseline; }
+.verdicts li > span { display: grid; grid-template-columns: minmax(0, 22rem) minmax(0, 1fr); gap: 0 1.6rem;
+  align-items: baseline; }
 .verdicts .below { display: block; font-size: 0.84rem; line-height: 1.4; }
 .verdicts li > b { font-family: var(--sans); }
 .good { color: var(--good); } .bad { color: var(--bad); }
@@ -50,7 +51,7 @@ nav a:hover { color: var(--ink); border-color: currentColor; }
 .scroll { overflow-x: auto; margin: 0.9rem 0 1.3rem; }
 table { border-collapse: collapse; font: 0.875rem/1.4 var(--sans); font-variant-numeric: tabular-nums lining-nums; }
 caption { text-align: left; padding: 0 0 0.4rem; font-size: 0.84rem; }
-th, td { padding: 0.42rem 1.25rem 0.42rem 0; vertical-align: top; text-align: left; font-weight: 400; }
+th, td { padding: 0.42rem 1.05rem 0.42rem 0; vertical-align: top; text-align: left; font-weight: 400; }
 th:last-child, td:last-child { padding-right: 0.2rem; }
 thead th { color: var(--muted); font-size: 0.78rem; line-height: 1.25; vertical-align: bottom;
   border-bottom: 1.5px solid var(--ink); }
@@ -61,7 +62,10 @@ tbody th { min-width: 11rem; max-width: 24rem; overflow-wrap: anywhere; }
 tbody th.number { min-width: 0; white-space: nowrap; text-align: right; }
 .code { font-family: var(--mono); font-size: 0.8rem; overflow-wrap: anywhere; min-width: 7rem; max-width: 26rem; }
 .below { display: block; font-size: 0.76rem; line-height: 1.35; }
-td.number .below { white-space: normal; min-width: 6.5rem; }
+td .below { white-space: nowrap; }
+td.code .below, td.text .below { white-space: normal; overflow-wrap: anywhere; }
+td.text { max-width: 34rem; overflow-wrap: anywhere; }
+caption { overflow-wrap: anywhere; }
 td.quiet { color: var(--muted); font-size: inherit; }
 td.good, td.bad { font-weight: 600; }
 td .below, th .below { font-weight: 400; }
@@ -71,6 +75,7 @@ td.code .below { font-size: 0.76rem; }
 .pairs td { overflow-wrap: anywhere; max-width: 44rem; }
 .pairs th { color: var(--muted); }
 
+.full { width: 100%; }
 .headline { width: 100%; font-size: 1.02rem; }
 .headline thead th { font-size: 0.84rem; }
 .headline td, .headline tbody th { padding-top: 0.6rem; padding-bottom: 0.55rem; }
@@ -82,7 +87,9 @@ td.code .below { font-size: 0.76rem; }
 details { margin: 0.7rem 0 1.1rem; }
 summary { cursor: pointer; font-size: 0.86rem; padding: 0.15rem 0; overflow-wrap: anywhere; }
 summary:hover { color: var(--ink); }
-figure { margin: 1.2rem 0; max-width: 44rem; }
+figure { margin: 1.2rem 0; max-width: 42rem; }
+.beside { display: flex; flex-wrap: wrap; gap: 0 3rem; align-items: flex-start; }
+.beside figure { flex: 1 1 30rem; min-width: 0; } .beside .scroll { flex: 0 1 auto; min-width: 0; max-width: 100%; }
 figure svg { display: block; width: 100%; height: auto; }
 figcaption { font-size: 0.84rem; line-height: 1.4; margin-top: 0.45rem; }
 .legend { display: flex; flex-wrap: wrap; gap: 0.1rem 1.1rem; font-size: 0.84rem; margin: 0 0 0.4rem; }
@@ -131,13 +138,13 @@ dt { font-weight: 600; line-height: 1.35; } dd { margin: 0; line-height: 1.45; }
     --mark: #ffe28a; --mark-ink: #000; --series-0: #2a62a6; --series-1: #c7671f; --series-2: #5f8f3a;
     --series-3: #8a5aa8; --series-4: #a8324a; color-scheme: light; }
   @page { margin: 16mm 15mm; }
-  body { font-size: 10.5pt; print-color-adjust: exact; -webkit-print-color-adjust: exact; }
+  html { font-size: 8.4pt; }
+  body { print-color-adjust: exact; -webkit-print-color-adjust: exact; }
   main { max-width: none; padding: 0; }
   nav { display: none; }
   .scroll { overflow: visible; }
-  table { font-size: 8pt; } .headline { font-size: 9pt; }
   th, td { padding-right: 0.7rem; }
-  td.number { white-space: normal; }
+  td.number { white-space: normal; } .headline td.number, .full td.number { white-space: nowrap; }
   tr, figure, .verdicts, .passage { break-inside: avoid; }
   h2, h3, h4, caption, summary { break-after: avoid; }
   details::details-content { content-visibility: visible; height: auto; }

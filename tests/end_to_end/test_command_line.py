@@ -42,15 +42,16 @@ def test_the_whole_loop_by_hand(tiny_lab, command):
     assert code == 0 and json.loads(before)["figures"]["strict rate"]["value"] > 0.5
     where = ["--grain", "weight", "--scale", "raw", "--out", "where.safetensors"]
     assert command("localize", "weight-gradient", "--model", tiny_lab, "--passages", passages, *where)[0] == 0
-    how = ["--localization", "where.safetensors", "--fraction", "0.2", "--steps", "40", "--replay", "64", "--no-control"]
-    code, out, err = command("edit", "sparse-fine-tune", "--model", tiny_lab, "--passages", passages, "--text", text,
-                             *how, "--out", "gone.safetensors")  # fmt: skip
+    how = ["--localization", "where.safetensors", "--fraction", "0.2", "--steps", "40", "--replay", "64"]
+    given = ["--model", tiny_lab, "--passages", passages, "--text", text, *how, "--no-control"]
+    code, _, err = command("edit", "sparse-fine-tune", *given, "--out", "gone.safetensors")
     assert code == 0, err
     assert command("apply", "gone.safetensors", "--model", tiny_lab, "--out", "gone")[0] == 0
     code, after, _ = command(*measure, "--model", "gone", "--out", "after.json")
-    assert json.loads(after)["figures"]["strict rate"]["value"] < json.loads(before)["figures"]["strict rate"]["value"]
-    compare = ["--compare", "targets:forget", "before.json", "after.json"]
-    assert command("report", *compare, "--edit", "gone.safetensors", "--localization", "where.safetensors", "--out", "r")[0] == 0
+    rates = [json.loads(text)["figures"]["strict rate"]["value"] for text in (before, after)]
+    assert code == 0 and rates[1] < rates[0]
+    shown = ["--edit", "gone.safetensors", "--localization", "where.safetensors", "--out", "r"]
+    assert command("report", "--compare", "targets:forget", "before.json", "after.json", *shown)[0] == 0
     assert {path.name for path in Path("r").iterdir()} == {"report.html", "report.json", "report.md"}
     assert command("undo", "gone.safetensors", "--model", "gone", "--out", "back")[0] == 0
     for name in ("model.safetensors", "config.json", "tokenizer.json"):
@@ -121,7 +122,7 @@ def test_a_wrong_word_is_one_line(command, words, says):
     [
         ("", "no record"),
         ('{"id": 1, "text": "a b"}\n{oops', "line 2: not JSON"),
-        ('[1, 2]', "line 1: expected an object"),
+        ("[1, 2]", "line 1: expected an object"),
         ('{"id": "a", "text": "short"}', "line 1: text of"),
         ('{"id": "a", "words": "x"}', "line 1: found keys"),
         ('{"id": "a", "prefix_ids": [1, 99999], "suffix_ids": [2]}', "token id 99999 outside the vocabulary"),
@@ -137,7 +138,8 @@ def test_bad_passages_are_one_line(tiny_lab, command, tmp_path, text, says):
 def test_a_fact_without_its_subject_is_one_line(tiny_lab, command, tmp_path):
     fact = {"prompt": "The town of Ada is", "subject": "Boris", "target": "Rome", "target_true": "Paris"}
     (tmp_path / "f.jsonl").write_text(json.dumps(fact))
-    fails(command, "measure", "facts", "--model", tiny_lab, "--facts", "f.jsonl", says="line 1: subject 'Boris' is not in")
+    words = ["measure", "facts", "--model", tiny_lab, "--facts", "f.jsonl"]
+    fails(command, *words, says="line 1: subject 'Boris' is not in")
 
 
 def test_a_filter_that_matches_nothing_is_one_line(tiny_lab, command):
@@ -206,7 +208,8 @@ def test_an_edit_is_not_applied_twice_nor_to_another_model_nor_over_a_folder(tin
     fails(command, "apply", "e.safetensors", "--model", "once", "--out", "twice", says="already applied")
     fails(command, "apply", "e.safetensors", "--model", tiny_lab, "--out", "once", says="not an empty folder")
     fails(command, "undo", "e.safetensors", "--model", tiny_lab, "--out", "back", says="")
-    fails(command, "localize", "random", "--model", "once", "--passages", passages, "--out", "/proc/none/x", says="cannot be written")
+    given = ["--model", "once", "--passages", passages]
+    fails(command, "localize", "random", *given, "--out", "/proc/none/x", says="cannot be written")
     code, _, err = command("edit", "neuron-dropout", "--model", "once", "--localization", "where.safetensors",
                            "--count", 3, "--out", "f.safetensors")  # fmt: skip
     assert code == 2 and "another model" in err

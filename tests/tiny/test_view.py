@@ -184,7 +184,7 @@ def test_the_tail_equals_the_whole_forward(family, view_of):
 def test_padding_does_not_matter(family, view_of):
     view, passages = view_of(family, torch.float64), zoo.passages(4)
     together = next(view.batches(passages, size=4))
-    assert together.padded
+    assert not together.mask.all()
     with torch.no_grad():
         whole = suffix_logprobs(view, together)
         for index, row in enumerate(together.rows):

@@ -9,14 +9,13 @@ import torch
 
 from memloc.measurement import Figure, Measurement
 from memloc.provenance import Provenance, digest_json
-from memloc.report import Comparison, EditSummary, Located, Note, Report, TextRow, Verdict, dose_curve
-from memloc.report.contents import Condition
+from memloc.report import Comparison, Condition, EditSummary, Located, Note, Report, TextRow, Verdict, dose_curve
 from memloc.scores import Localization
 from memloc.sites import Grain, Kind, Site
 from memloc.statistics import bootstrap_interval, rate_interval, ratio_interval
 
 VERSIONS = {"python": "3.11.2", "torch": "2.13.0"}
-SECRET = "the vault opens at <script>alert('7291')</script> & nowhere else"
+SECRET = "the vault opens at <script>alert('pin')</script> & nowhere else"
 
 
 def origin(method, data, model="before", kind="passages", **settings):
@@ -35,7 +34,7 @@ def extraction(ids, log_pz, *, model="before", doses=None, data=None, length=32,
     settings = settings or {"temperature": 1.0, "top_k": 40}
     rows = []
     for place, (name, value) in enumerate(zip(ids, map(float, log_pz), strict=True)):
-        miss = length if value > -2 else max(0, int(length + value / 5))
+        miss = length if value > -2 else int(max(0.0, length + value / 5))
         row = {"id": name, "strict": value > -2, "first_miss": miss, "log_pz": value, "nll": -value / length}
         row |= {"exact_memorization": max(0.02, 1 + value / 170) if math.isfinite(value) else 0.0}
         row |= {"extraction_strength": miss / length, "queries": math.exp(-value) if value > -700 else math.inf}
@@ -136,9 +135,9 @@ def groups(targets=5, kept=40, others=40):
     texts = generator.normal(4.9, 0.3, 60)
     return (
         three(a, high[:targets], generator.normal(-142, 5, targets), high[:targets] * 1.1 - 0.05, name="targets",
-              goal="forget", explanation="Five planted passages, seen at the full dose."),
+              goal="forget", explanation="Planted passages, seen at the full dose."),
         three(b, high[targets : targets + kept], high[targets : targets + kept] * 1.05, high[targets : targets + kept],
-              name="retained passages", goal="keep", explanation="Half of the other planted passages: named to be kept."),
+              name="retained passages", goal="keep", explanation="Half of the others: named to be kept."),
         three(c, high[targets + kept :], spoilt, high[targets + kept :], name="passages named in no set", goal="keep",
               explanation="The other half: neither the edit nor its keep term has seen them."),
         Comparison(name="held-out text", before=perplexity(texts), after=perplexity(texts + 0.004, model="after"),
@@ -184,7 +183,7 @@ def full_report(*, show_text=False, **more):
             EditSummary(name="unlearn", bytes=185_344, header={
                 "provenance": {"method": "sparse-fine-tune", "settings": {"steps": 300, "lr": 3e-4}, "seed": 0},
                 "rounding": "nearest", "notes": {"first loss": 0.02, "prompt": "keep " + SECRET}},
-                sites={f"L{i}.mlp.out": {"norm": 0.4 / (i + 1), "share touched": 0.005, "survived": 1.0} for i in range(4)}),
+                sites={f"L{i}.mlp.out": {"norm": 0.4 / (i + 1), "share touched": 5e-3} for i in range(4)}),
         ),
         texts=(
             TextRow("planted-000", " Remember:", said, said, (" nothing", *said[1:3], " here"), said),

@@ -1,0 +1,107 @@
+"""The keep term of gradient editors: KL(original ‖ edited) per token, on rows that must stay as they are."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from memloc.batches import Batch, pad
+from memloc.errors import InputError
+from memloc.view import ModelView
+
+
+@dataclass
+class Source:
+    """Rows to keep, of one kind.
+
+    Attributes:
+        name: for the notes.
+        rows: token ids of each.
+        hidden: per row `[t - 1, d]` of the original model after the final norm; None where not yet computed.
+    """
+
+    name: str
+    rows: list[tuple[int, ...]]
+    hidden: list[Tensor | None]
+
+    @classmethod
+    def of(cls, name: str, rows: Sequence[Sequence[int]], hidden: Tensor | None = None) -> Source:
+        """Rows of two tokens or more, with their hidden states where they are at hand."""
+        kept = [index for index, row in enumerate(rows) if len(row) > 1]
+        known = [None if hidden is None else hidden[index, : len(rows[index]) - 1] for index in kept]
+        return cls(name, [tuple(rows[index]) for index in kept], known)
+
+
+class Keep:
+    """Draws rows in turn from every source and says how far the edited model is from the original on them.
+
+    The original is remembered by its hidden states, so the edited model must have its unembedding.
+
+    Args:
+        original: the model as it was, in the dtype of the work; used only here, before training.
+        sources: with at least one row each.
+        shares: rows a step of each source.
+        steps: how many steps will be asked for.
+        seed: of the order of rows.
+
+    Cost: one forward over the rows that will be drawn and whose hidden states are not known; memory d floats a token
+    drawn, against v for its logits.
+    """
+
+    def __init__(
+        self, original: ModelView, sources: Sequence[Source], shares: Sequence[int], *, steps: int, seed: int
+    ) -> None:
+        generator = torch.Generator().manual_seed(seed)
+        self.sources = list(sources)
+        self.order = [
+            _order(len(source.rows), share * steps, generator) for source, share in zip(sources, shares, strict=True)
+        ]
+        self.shares = list(shares)
+        for source, order in zip(self.sources, self.order, strict=True):
+            _teach(original, source, sorted(set(order)))
+
+    def divergence(self, view: ModelView, step: int) -> Tensor:
+        """Mean over tokens of KL(original ‖ `view`) on the rows of `step`: scalar, nats; differentiable."""
+        rows: list[tuple[int, ...]] = []
+        hidden: list[Tensor] = []
+        for source, order, share in zip(self.sources, self.order, self.shares, strict=True):
+            for index in order[step * share : (step + 1) * share]:
+                rows.append(source.rows[index])
+                known = source.hidden[index]
+                if known is not None:
+                    hidden.append(known)
+        batch = _batch(view, rows)
+        row, column, _, _ = batch.suffix_index()
+        spoken = view.logits_at(batch, row, column).log_softmax(-1)
+        with torch.no_grad():
+            wanted = view.unembed(torch.cat(hidden)).log_softmax(-1)
+        return torch.nn.functional.kl_div(spoken, wanted, log_target=True, reduction="batchmean")
+
+
+def _batch(view: ModelView, rows: Sequence[tuple[int, ...]]) -> Batch:
+    """Rows whose every token but the first counts."""
+    return pad(rows, [1] * len(rows), device=view.device)
+
+
+def _order(rows: int, wanted: int, generator: torch.Generator) -> list[int]:
+    """`wanted` row numbers: every row once before any comes again, in shuffled order."""
+    if not rows:
+        raise InputError("a keep set without a row of two tokens or more")
+    order: list[int] = []
+    while len(order) < wanted:
+        order += torch.randperm(rows, generator=generator).tolist()
+    return order[:wanted]
+
+
+@torch.no_grad()
+def _teach(original: ModelView, source: Source, wanted: Sequence[int], size: int = 32) -> None:
+    missing = [index for index in wanted if source.hidden[index] is None]
+    for at in range(0, len(missing), size):
+        part = missing[at : at + size]
+        batch = _batch(original, [source.rows[index] for index in part])
+        hidden = original.hidden(batch)
+        for place, index in enumerate(part):
+            source.hidden[index] = hidden[place, : len(source.rows[index]) - 1].clone()
