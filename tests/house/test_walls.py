@@ -30,7 +30,8 @@ FLOORS: tuple[str, ...] = (
     "memloc.plots",
     "memloc.report",
     "memloc.cli",
-    "editors editors.methods editors.deltas editors.rounding editors.packing editors.shards editors.masks editors.contexts",
+    "editors editors.methods editors.deltas editors.rounding editors.packing editors.shards editors.masks "
+    "editors.contexts",
     "editors.patch editors.descent editors.replay editors.keep editors.least_squares editors.own_words",
     "editors.binding editors.alternative editors.keys_values",
     "editors.edit_file",
