@@ -183,7 +183,7 @@ def _demo_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def _demo(arguments: argparse.Namespace, terminal: Terminal) -> None:
-    from editors.demo import demo
+    from editors.demo.run import demo
 
     terminal.result(demo(arguments.out, size=arguments.size, seed=arguments.seed, terminal=terminal))
 

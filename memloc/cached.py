@@ -105,57 +105,55 @@ class Column:
     column: int
     calls: Mapping[int, hooks.Call]
 
-    def hidden(self, rows: Tensor, changed: Mapping[int, Tensor]) -> Tensor:
-        """After the final norm, `[len(changed), p, q, d]`, were the residual after those blocks these; differentiable.
+    def hidden(self, rows: Tensor, layers: list[int], changed: Tensor) -> Tensor:
+        """After the final norm, `[i, q, d]`, were the residual stream after those blocks this; differentiable.
 
-        Layer by layer, rows join at the block above the one they were changed at: half the work of running all.
+        Item by item: each joins at the block above the one it was changed at, which is half the work of running all.
 
         Args:
-            rows: [p] rows of the batch.
-            changed: layer to [p, q, d], q variants of the residual stream at this position after that block.
-
-        Returns:
-            One entry a layer, in the order of `changed`, which must ascend.
+            rows: [i] rows of the batch.
+            layers: of each item, the block after which it was changed; ascending.
+            changed: [i, q, d], q variants of the residual stream at this position.
         """
-        view = self.prefill.view
-        layers = list(changed)
-        many, variants, width = next(iter(changed.values())).shape
-        running = next(iter(changed.values())).new_zeros(0, width)
+        view, items = self.prefill.view, changed.shape[0]
+        running = changed[:0]
         for layer in range(layers[0], view.layers):
             if len(running):
-                running = self._block(layer, running, rows, many, variants)
-            if layer in changed:
-                running = torch.cat([running, changed[layer].reshape(-1, width)])
-        return view.final_norm(running).view(len(layers), many, variants, width)
+                running = self._block(layer, running, rows[: len(running)])
+            above = sum(entry <= layer for entry in layers)
+            running = torch.cat([running, changed[len(running) : above]]) if above > len(running) else running
+        return view.final_norm(running.view(items, *changed.shape[1:]))
 
-    def _block(self, layer: int, running: Tensor, rows: Tensor, many: int, variants: int) -> Tensor:
+    def _block(self, layer: int, running: Tensor, rows: Tensor) -> Tensor:
         keys = self.prefill.keys[layer][rows, :, : self.column]
         values = self.prefill.values[layer][rows, :, : self.column]
-        past, call = _Past(keys, values, variants), self.calls[layer]
+        past, call = _Past(keys, values), self.calls[layer]
         args = [past if isinstance(value, Cache) else value for value in call.args]
         kwargs = {name: past if isinstance(value, Cache) else value for name, value in call.kwargs.items()}
-        return hooks.first(self.prefill.view.block(layer)(running[:, None], *args, **kwargs))[:, 0]
+        tokens = running.reshape(-1, 1, running.shape[-1])
+        return hooks.first(self.prefill.view.block(layer)(tokens, *args, **kwargs)).view(running.shape)
 
 
 class _Past:
-    """The prefix of p rows, shared by all their variants: one copy a block is made when the new token joins.
+    """The prefixes of i items, each shared by its variants: one copy a block is made when the new token joins.
 
     Of a cache, blocks ask one thing only: `update`.
     """
 
-    def __init__(self, keys: Tensor, values: Tensor, variants: int) -> None:
-        self._keys, self._values, self._variants = keys, values, variants
+    def __init__(self, keys: Tensor, values: Tensor) -> None:
+        self._keys, self._values = keys, values
 
     def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
         """Keys and values of the prefix with the new token's behind them."""
-        return self._join(self._keys, key_states), self._join(self._values, value_states)
+        return _join(self._keys, key_states), _join(self._values, value_states)
 
-    def _join(self, past: Tensor, new: Tensor) -> Tensor:
-        many, heads, length, width = past.shape
-        layers = len(new) // (many * self._variants)
-        shape = (layers, many, self._variants, heads)
-        shared = past[None, :, None].expand(*shape, length, width)
-        return torch.cat([shared, new.view(*shape, 1, width)], dim=-2).flatten(0, 2)
+
+def _join(past: Tensor, new: Tensor) -> Tensor:
+    """Prefixes [i, h, c, w] and new tokens [i·q, h, 1, w] as [i·q, h, c + 1, w]."""
+    items, heads, length, width = past.shape
+    variants = len(new) // items
+    shared = past[:, None].expand(items, variants, heads, length, width)
+    return torch.cat([shared, new.view(items, variants, heads, 1, width)], dim=-2).flatten(0, 1)
 
 
 def _without_bias(view: ModelView, site: Site, output: Tensor) -> Tensor:

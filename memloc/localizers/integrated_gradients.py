@@ -40,18 +40,19 @@ class IntegratedGradients:
 
     Attributes:
         position: which suffix tokens count: "all" (mean), "first" or "last".
-        nodes: quadrature points to begin with.
+        nodes: quadrature points of a path, and of each half where one is halved.
         quadrature: "gauss-legendre"; "riemann-right" (the paper's, α = k/m); "inclusive" (m equal steps with both ends,
             each weighing 1/m: the rule of the public reference, which counts the ends twice).
-        tolerance: Gauss-Legendre only: double the nodes where the gap is above this share.
-        most_nodes: and stop doubling here.
+        tolerance: Gauss-Legendre only: halve a stretch of a path where its own gap is too large for this share in all.
+        halvings: and so many times at most. A model that has learned a text turns sharply near α = 0, where more nodes
+            on the whole path would be spent in vain.
         batch_size: passages prefilled together; no effect on scores.
         memory_mb: working memory the one-token rows may take, roughly; no effect on scores.
 
-    Cost: one forward a passage; then, for each layer and suffix token, nodes + 1 single tokens forward and backward
-    through half the blocks on average.
+    Cost: one forward a passage; then, for each layer and suffix token, nodes + 2 single tokens forward and backward
+    through half the blocks on average, and twice that for each halving.
 
-    Source: Dai et al. 2022, arXiv:2104.08696. Gauss-Legendre with doubling, the one-token form and the sum over
+    Source: Dai et al. 2022, arXiv:2104.08696. Gauss-Legendre with halving, the one-token form and the sum over
     all suffix tokens without decoding are ours.
     """
 
@@ -59,8 +60,8 @@ class IntegratedGradients:
     nodes: int = 8
     quadrature: Rule = "gauss-legendre"
     tolerance: float = 0.01
-    most_nodes: int = 64
-    batch_size: int = 8
+    halvings: int = 9
+    batch_size: int = 16
     memory_mb: int = 512
 
     def __post_init__(self) -> None:
@@ -78,17 +79,18 @@ class IntegratedGradients:
         sites = view.sites(Kind.MLP_OUT)
         scores = torch.zeros(len(sites), len(passages), view.neurons, dtype=wide(view.dtype), device=view.device)
         gaps = torch.zeros(len(passages))
-        nodes: Counter[int] = Counter()
+        points: Counter[int] = Counter()
         with view.frozen():
             for batch in steps(list(view.batches(passages, size=self.batch_size)), "integrated gradients"):
                 path = self.integrate(view, batch)
                 rows = list(batch.rows)
                 scores[:, rows], gaps[rows] = path.scores(), path.gaps().cpu().float()
-                nodes.update(path.nodes.tolist())
+                points.update((self.nodes * path.points).flatten().tolist())
         notes = {
             "completeness_gap": float(gaps.max()),
             "completeness_gap_mean": float(gaps.mean()),
-            "nodes": {str(count): positions for count, positions in sorted(nodes.items())},
+            "points_mean": sum(count * paths for count, paths in points.items()) / points.total(),
+            "points_most": max(points),
         }
         provenance = Provenance(
             "integrated-gradients",
@@ -100,27 +102,65 @@ class IntegratedGradients:
     def integrate(self, view: ModelView, batch: Batch) -> Path:
         """The integrals of one batch, unrounded: see `Path.scores`."""
         path = Path.start(view, batch, self.position)
-        nodes, pending = self.nodes, torch.arange(len(path.row), device=view.device)
-        while True:
-            path.run(pending, *rule(self.quadrature, nodes), memory_mb=self.memory_mb)
-            nodes *= 2
-            if self.quadrature != "gauss-legendre" or nodes > self.most_nodes:
-                return path
-            pending = path.unfinished(self.tolerance)
-            if not len(pending):
-                return path
+        panels = path.whole()
+        halvings = self.halvings if self.quadrature == "gauss-legendre" else 0
+        for left in range(halvings, -1, -1):
+            slope, change = path.walk(panels, *rule(self.quadrature, self.nodes), memory_mb=self.memory_mb)
+            if left == halvings:
+                path.set_scale(change)
+            rough = path.rough(panels, slope, change, self.tolerance) & (left > 0)
+            path.add(panels.those(~rough), slope[~rough], change[~rough])
+            panels = panels.those(rough).halves()
+            if not len(panels.layer):
+                break
+        return path
+
+
+@dataclass(frozen=True)
+class Panels:
+    """Stretches of paths, i of them: [i] each, by ascending layer.
+
+    Attributes:
+        layer: of the path.
+        at: its position, an index into the batch's positions.
+        low: where it starts, in α.
+        high: where it ends.
+    """
+
+    layer: Tensor
+    at: Tensor
+    low: Tensor
+    high: Tensor
+
+    def those(self, chosen: Tensor) -> Panels:
+        """Some of them, by mask or index."""
+        return Panels(self.layer[chosen], self.at[chosen], self.low[chosen], self.high[chosen])
+
+    def halves(self) -> Panels:
+        """Both halves of each."""
+        middle = (self.low + self.high) / 2
+        return Panels(
+            self.layer.repeat_interleave(2),
+            self.at.repeat_interleave(2),
+            torch.stack([self.low, middle], 1).flatten(),
+            torch.stack([middle, self.high], 1).flatten(),
+        )
 
 
 @dataclass
 class Path:
-    """The integrals of one batch: k positions (row, column, gold token), all layers.
+    """The integrals of one batch: k positions (row, column, gold token) by l layers.
 
     Attributes:
         prefill: the batch, run once.
-        row, column, token: [k].
+        row: [k], row of each position in the batch.
+        column: [k].
+        token: [k], the gold token.
         gradient: [l, k, d], the path's mean gradient of the gold probability by the residual stream.
         effect: [l, k], P(1) - P(0).
-        nodes: [k], quadrature points used.
+        points: [l, k], gradients taken.
+        scale: [n], each row's largest |effect|.
+        written: [l, k, d], what `mlp.out` writes at each position.
     """
 
     prefill: Prefill
@@ -129,7 +169,9 @@ class Path:
     token: Tensor
     gradient: Tensor
     effect: Tensor
-    nodes: Tensor
+    points: Tensor
+    scale: Tensor
+    written: Tensor
 
     @classmethod
     def start(cls, view: ModelView, batch: Batch, position: str) -> Path:
@@ -138,51 +180,79 @@ class Path:
         last = batch.length[row] - batch.prefix[row] - 1
         keep = {"all": step >= 0, "first": step == 0, "last": step == last}[position]
         row, column, token = row[keep], column[keep], token[keep]
-        zeros = torch.zeros(view.layers, len(row), view.width, dtype=wide(view.dtype), device=view.device)
         prefill = Prefill.of(view, batch)
-        return cls(prefill, row, column, token, zeros, torch.zeros_like(zeros[..., 0]), torch.zeros_like(row))
+        written = torch.stack([prefill.written[layer][row, column] for layer in range(view.layers)])
+        written = written.to(wide(view.dtype))
+        none = torch.zeros_like(written[..., 0])
+        points, scale = torch.zeros_like(none, dtype=torch.long), none.new_zeros(len(batch))
+        return cls(prefill, row, column, token, torch.zeros_like(written), none, points, scale, written)
 
-    def run(self, pending: Tensor, alphas: Tensor, weights: Tensor, *, memory_mb: int) -> None:
-        """Integrate positions `pending` with this rule, in chunks of bounded memory."""
+    def whole(self) -> Panels:
+        """Every path from 0 to 1."""
+        layers, positions = self.effect.shape
+        layer = torch.arange(layers, device=self.row.device).repeat_interleave(positions)
+        at = torch.arange(positions, device=self.row.device).repeat(layers)
+        none = torch.zeros(layers * positions, dtype=torch.float64, device=self.row.device)
+        return Panels(layer, at, none, none + 1)
+
+    def walk(self, panels: Panels, nodes: Tensor, weights: Tensor, *, memory_mb: int) -> tuple[Tensor, Tensor]:
+        """Integral of the gradient over each panel [i, d], and how the gold probability changes over it [i]."""
         view = self.prefill.view
-        # One more point, of no weight, at the far end: it gives P(0).
-        alphas, weights = (torch.cat([t, t.new_zeros(1)]).to(self.gradient) for t in (alphas, weights))
-        self.gradient[:, pending], self.nodes[pending] = 0, len(alphas) - 1
-        for column in sorted(set(self.column[pending].tolist())):
-            here = pending[self.column[pending] == column]
-            place = self.prefill.column(column, int(self.row[here[0]]))
-            units = max(1, memory_mb * 2**20 // unit_bytes(view, column))
-            for part in torch.split(here, max(1, units // len(alphas))):
-                clean = view.unembed(self.prefill.hidden[self.row[part], column]).softmax(-1)
-                clean = clean.gather(1, self.token[part, None])[:, 0]
-                for some, share in zip(torch.split(alphas, units), torch.split(weights, units), strict=True):
-                    spoken, slope = self._slope(place, part, some, share)
-                    self.gradient[:, part] += slope
-                # The last variant of the last chunk is α = 0.
-                self.effect[:, part] = clean - spoken[..., -1]
+        slope = self.gradient.new_zeros(len(panels.at), view.width)
+        change = slope.new_zeros(len(panels.at))
+        columns = self.column[panels.at]
+        for column in sorted(set(columns.tolist())):
+            here = (columns == column).nonzero()[:, 0]
+            place = self.prefill.column(column, int(self.row[panels.at[here[0]]]))
+            rows = memory_mb * 2**20 // unit_bytes(view, column)
+            for part in torch.split(here, max(1, rows // (len(nodes) + 2))):
+                slope[part], change[part] = self._stretch(place, panels.those(part), nodes, weights)
+        return slope, change
 
-    def _slope(self, place: Column, part: Tensor, alphas: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
-        """Gold probabilities [l, p, q] along the path, and their weighted gradient by the residual [l, p, d]."""
-        prefill, row = self.prefill, self.row[part]
-        written = torch.stack([entry[row, place.column] for entry in prefill.written.values()]).to(self.gradient)
-        residual = torch.stack([entry[row, place.column] for entry in prefill.residual.values()]).to(self.gradient)
+    def _stretch(self, place: Column, panels: Panels, nodes: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+        prefill, row, layers = self.prefill, self.row[panels.at], panels.layer.tolist()
+        width = panels.high - panels.low
+        # Both ends are points too, of no weight: what the probability changes by is known exactly.
+        alphas = torch.stack([panels.low, panels.high], 1)
+        alphas = torch.cat([panels.low[:, None] + width[:, None] * nodes.to(width), alphas], 1).to(self.gradient)
+        share = torch.cat([weights, weights.new_zeros(2)]).to(self.gradient) * width[:, None].to(self.gradient)
+        residual = torch.stack([prefill.residual[layer][r, place.column] for layer, r in zip(layers, row, strict=True)])
+        written = self.written[panels.layer, panels.at]
         with torch.enable_grad():
-            shift = torch.zeros_like(residual).requires_grad_()
-            along = (residual + shift)[:, :, None] + (alphas[:, None] - 1) * written[:, :, None]
-            changed = dict(zip(prefill.residual, along.to(prefill.view.dtype), strict=True))
-            spoken = prefill.view.unembed(place.hidden(row, changed)).softmax(-1)
-            gold = spoken.gather(-1, self.token[part, None, None].expand(*spoken.shape[:-1], 1))[..., 0]
-            (slope,) = torch.autograd.grad((gold * weights).sum(), shift)
-        return gold.detach(), slope
+            shift = torch.zeros_like(written).requires_grad_()
+            along = (residual.to(shift) + shift)[:, None] + (alphas[..., None] - 1) * written[:, None]
+            hidden = place.hidden(row, layers, along.to(prefill.view.dtype))
+            spoken = prefill.view.unembed(hidden).softmax(-1)
+            gold = spoken.gather(-1, self.token[panels.at, None, None].expand(*spoken.shape[:-1], 1))[..., 0]
+            (slope,) = torch.autograd.grad((gold * share).sum(), shift)
+        return slope, (gold[:, -1] - gold[:, -2]).detach()
 
-    def unfinished(self, tolerance: float) -> Tensor:
-        """Positions whose gap is above `tolerance`."""
-        return (self._gap().amax(0) > tolerance * self._largest()[self.row]).nonzero()[:, 0]
+    def set_scale(self, effect: Tensor) -> None:
+        """Each row's largest effect, from the effects of all whole paths in order."""
+        largest = effect.view_as(self.effect).abs().amax(0)
+        self.scale = self.scale.scatter_reduce(0, self.row, largest, "amax")
+
+    def rough(self, panels: Panels, slope: Tensor, change: Tensor, tolerance: float) -> Tensor:
+        """Which panels are to be halved: mask [i].
+
+        A panel may err by its share of half the tolerance, a narrow one by an eighth of that half: a path has few.
+        """
+        error = ((slope * self.written[panels.layer, panels.at]).sum(-1) - change).abs()
+        share = (panels.high - panels.low).clamp_min(1 / 8).to(error) / 2
+        return error > tolerance * share * self.scale[self.row[panels.at]]
+
+    def add(self, panels: Panels, slope: Tensor, change: Tensor) -> None:
+        """Take finished panels in."""
+        where = (panels.layer, panels.at)
+        self.gradient = self.gradient.index_put(where, slope, accumulate=True)
+        self.effect = self.effect.index_put(where, change, accumulate=True)
+        self.points = self.points.index_put(where, torch.ones_like(panels.at), accumulate=True)
 
     def gaps(self) -> Tensor:
         """Completeness gap of each row [n]: the largest difference over its largest effect."""
-        worst = torch.zeros_like(self._largest()).scatter_reduce(0, self.row, self._gap().amax(0), "amax")
-        return worst / self._largest().clamp_min(torch.finfo(worst.dtype).tiny)
+        gap = ((self.gradient * self.written).sum(-1) - self.effect).abs().amax(0)
+        worst = torch.zeros_like(self.scale).scatter_reduce(0, self.row, gap, "amax")
+        return worst / self.scale.clamp_min(torch.finfo(worst.dtype).tiny)
 
     def scores(self) -> Tensor:
         """Means over positions, [l, n, f]."""
@@ -193,15 +263,6 @@ class Path:
             share = reading * (self.gradient[site.layer] @ view.weight(site).detach().to(self.gradient))
             found.append(share.new_zeros(len(count), view.neurons).index_add(0, self.row, share) / count)
         return torch.stack(found)
-
-    def _gap(self) -> Tensor:
-        written = torch.stack([entry[self.row, self.column] for entry in self.prefill.written.values()])
-        return ((self.gradient * written.to(self.gradient)).sum(-1) - self.effect).abs()
-
-    def _largest(self) -> Tensor:
-        """The largest effect of each row, [n]."""
-        largest = self.effect.abs().amax(0)
-        return largest.new_zeros(len(self.prefill.batch)).scatter_reduce(0, self.row, largest, "amax")
 
 
 def rule(quadrature: str, nodes: int) -> tuple[Tensor, Tensor]:
@@ -220,10 +281,9 @@ def rule(quadrature: str, nodes: int) -> tuple[Tensor, Tensor]:
 
 
 def unit_bytes(view: ModelView, column: int) -> int:
-    """About what one variant of one position keeps in memory for the backward pass, all layers: an upper estimate."""
+    """About what one point of one path keeps in memory for the backward pass: an upper estimate."""
     attention = 2 * (column + 1) * view.heads * view.head_width + 3 * view.heads * (column + 1)
-    block = attention + 16 * view.width + 4 * view.neurons
-    numbers = block * view.layers * (view.layers + 1) // 2 + 4 * view.vocab * view.layers
+    numbers = (attention + 16 * view.width + 4 * view.neurons) * view.layers + 4 * view.vocab
     return numbers * (8 if view.dtype == torch.float64 else 4)
 
 

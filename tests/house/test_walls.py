@@ -30,23 +30,25 @@ FLOORS: tuple[str, ...] = (
     "memloc.plots",
     "memloc.report",
     "memloc.cli",
-    "editors editors.methods editors.deltas editors.rounding editors.packing editors.shards editors.contexts",
-    "editors.patch editors.masks editors.least_squares editors.own_words",
-    "editors.binding editors.keys_values",
+    "editors editors.methods editors.deltas editors.rounding editors.packing editors.shards editors.masks "
+    "editors.contexts",
+    "editors.patch editors.descent editors.replay editors.keep editors.least_squares editors.own_words",
+    "editors.binding editors.alternative editors.keys_values",
     "editors.edit_file",
     "editors.edit",
     "editors.base editors.checkpoint editors.export editors.control editors.trial",
-    "editors.rewriters editors.pruners",
-    "editors.checks",
+    "editors.rewriters editors.pruners editors.checks",
     "editors.demo",
     "editors.cli",
 )
 """Lowest first. A package stands for all its files. A file imports from floors below its own, or its own package."""
 
 HOOKS = {"memloc/hooks.py"}
-WRITERS = {"editors/edit.py", "memloc/architectures.py", "memloc/truth/planted.py", "memloc/lab"}
-"""Who may write a weight: the edit; the one line both it and planting write through; and the two places that make
-models of their own (planting works on a copy, the lab trains)."""
+WRITERS = {
+    "editors/edit.py", "editors/descent.py", "memloc/architectures.py", "memloc/truth/planted.py", "memloc/lab",
+}  # fmt: skip
+"""Who may write a weight: the edit, which alone writes into a model it was given; the one line it writes through; and
+those that write into models of their own (descent and planting into a copy, the lab into what it trains)."""
 
 HANDLES = {"parameter", "weight", "get_parameter", "parameters", "named_parameters", "state_dict"}
 """Method calls that hand out a model's own tensors."""
@@ -222,10 +224,12 @@ def test_the_rule_of_writing_lets_looking_pass():
 
 
 def method_classes(module: ast.Module) -> list[str]:
-    """Frozen dataclasses that are called with a view."""
+    """Dataclasses with keyword settings that are called with a view: localizers, measures and editors."""
     found = []
     for node in module.body:
-        if isinstance(node, ast.ClassDef) and any("dataclass" in ast.unparse(entry) for entry in node.decorator_list):
+        if isinstance(node, ast.ClassDef) and any(
+            "kw_only=True" in ast.unparse(entry) for entry in node.decorator_list
+        ):
             for part in node.body:
                 if isinstance(part, ast.FunctionDef) and part.name == "__call__" and part.args.args[1:2]:
                     found += [node.name] if part.args.args[1].arg == "view" else []
