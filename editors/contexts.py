@@ -84,12 +84,11 @@ def demand(fact: Fact, tokenizer: Any, prefixes: Sequence[str], token: Token, *,
         InputError: the prompt does not hold the subject, or text without a tokenizer.
     """
     bare = row_of(fact.prompt, token)
-    text, place = fact.prompt.text, max(0, fact.template.find("{}") if "{}" in fact.template else
-                                        fact.template.find(fact.subject))  # fmt: skip
+    place = max(0, fact.template.find("{}" if "{}" in fact.template else fact.subject))
     rows = [bare]
     for prefix in prefixes:
         head = prefix + JOINT
-        rows.append(_row(tokenizer, head + text, len(head) + place, fact.subject, token))
+        rows.append(_row(tokenizer, head + fact.prompt.text, len(head) + place, fact.subject, token))
     kept = _row(tokenizer, ESSENCE.replace("{}", fact.subject), 0, fact.subject, token) if essence else None
     return Demand(fact.id, tuple(rows), fact.target, kept)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -25,6 +25,10 @@ from memloc.passages import Fact, Passages, Prompt
 from memloc.provenance import Provenance, digest_tensor, settings_of
 from memloc.sites import Kind, Site
 from memloc.view import ModelView
+
+TRIAL_LENGTHS = 5, 10
+TRIALS = 4
+"""Prefixes of each length that sites are judged with."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,8 +69,8 @@ class Rome:
             alone, are treated like prefixed prompts.
         tries: layers tried where `layer` is None, evenly spread.
         prefixes: texts instead of the model's own; () for none.
-        moment: second moment instead of that of the request's text: a tensor [f, f] for `layer`, a `Moments`, or the
-            path of a saved one.
+        moment: second moment instead of that of the request's text: a tensor [f, f] for `layer`, a `Moments` (for many
+            edits of one model collect it once), or the path of a saved one.
 
     Raises:
         InputError: neither text nor moment, no facts, a layer the model has not, a fact that does not fit.
@@ -114,23 +118,14 @@ class Rome:
         self._check()
         layers = self._layers(view)
         moments, source = self._moments(view, request, layers)
-        given = {**request.inputs(view), "moment": source}
+        prefixes, trial = self._prefixes(view, layers, torch.Generator().manual_seed(request.seed))
         settings = {**settings_of(self), "moment": source if self.moment is not None else None}
-        provenance = Provenance("rome", settings, request.seed, given)
-        generator = torch.Generator().manual_seed(request.seed)
-        lengths = self.lengths if self.samples else ()
-        prefixes = self.prefixes
-        if prefixes is None:
-            prefixes = sample_prefixes(view, lengths, self.samples, generator, top_k=self.top_k)
-        trial = self._trial_prefixes(view, layers, generator)
+        provenance = Provenance("rome", settings, request.seed, {**request.inputs(view), "moment": source})
         deltas: dict[Site, Delta] = {}
         notes = []
         with contextlib.ExitStack() as stack:
             for index, fact in enumerate(progress.steps(facts, "facts")):
-                draw = torch.Generator().manual_seed(request.seed)
-                others = namesakes(view, fact.prompt, self.namesakes, draw, top_k=2 * self.top_k)
-                ways = recalls(view, fact, self.recalls, draw, top_k=2 * self.top_k)
-                work = _Work(self, view, fact, moments, prefixes, trial, request.retain, others, ways)
+                work = _Work.of(self, view, fact, request, moments=moments, prefixes=prefixes, trial=trial)
                 found = work.best(layers, self._tokens(fact))
                 deltas[found.site] = add(deltas[found.site], found.delta) if found.site in deltas else found.delta
                 notes.append(found.note)
@@ -180,11 +175,16 @@ class Rome:
             raise InputError("rome needs ordinary text, to know what to leave alone, or a second moment; found neither")
         return {layer: found.mean(site) for layer, site in sites.items()}, found.digest
 
-    def _trial_prefixes(self, view: ModelView, layers: Sequence[int], generator: torch.Generator) -> tuple[str, ...]:
-        """Prefixes no value is fitted to, for judging sites; none where there is nothing to choose."""
+    def _prefixes(
+        self, view: ModelView, layers: Sequence[int], generator: torch.Generator
+    ) -> tuple[tuple[str, ...], tuple[str, ...]]:
+        """Prefixes to fit values with, and others to judge sites with; none of these where nothing is to be chosen."""
+        given = self.prefixes
+        if given is None:
+            given = sample_prefixes(view, self.lengths, self.samples, generator, top_k=self.top_k)
         if (len(layers) == 1 and self.token != "measured") or view.tokenizer is None:
-            return ()
-        return sample_prefixes(view, (5, 10), 4, generator, top_k=self.top_k)
+            return given, ()
+        return given, sample_prefixes(view, TRIAL_LENGTHS, TRIALS, generator, top_k=self.top_k)
 
 
 @dataclass(frozen=True)
@@ -209,6 +209,14 @@ class _Work:
     others: tuple[Prompt, ...]
     ways: tuple[Prompt, ...]
 
+    @classmethod
+    def of(cls, rome: Rome, view: ModelView, fact: Fact, request: Request, **shared: Any) -> _Work:
+        """With what the model says about others and about the fact itself, as it is now."""
+        draw = torch.Generator().manual_seed(request.seed)
+        others = namesakes(view, fact.prompt, rome.namesakes, draw, top_k=2 * rome.top_k)
+        ways = recalls(view, fact, rome.recalls, draw, top_k=2 * rome.top_k)
+        return cls(rome, view, fact, retain=request.retain, others=others, ways=ways, **shared)
+
     def best(self, layers: Sequence[int], tokens: Sequence[Token]) -> _Found:
         """The change at the site that serves the fact best; at the only one without trying it."""
         found = [entry for token in tokens for entry in self._at(layers, token, len(layers) * len(tokens) > 1)]
@@ -226,9 +234,8 @@ class _Work:
         asked = replace(asked, prompts=asked.prompts + own)
         check_context([asked], view.context)
         others = tuple(row_of(prompt, token) for prompt in self.others)
-        guarded = others if not judged else tuple(row for index, row in enumerate(others) if index % 3 != 2)
-        judges = others[2::3]
-        protected = guarded + _predicting(self.retain)
+        judges = others[2::3] if judged else ()
+        protected = tuple(row for row in others if row not in judges) + _predicting(self.retain)
         sites = [Site(layer, Kind.MLP_OUT) for layer in layers]
         keys = read_at(view, sites, asked.prompts)
         kept = read_at(view, sites, protected) if protected and rome.protect else {}
@@ -239,10 +246,10 @@ class _Work:
             if site in kept:
                 moment = moment.double() + rome.protect * kept[site].T @ kept[site] / len(kept[site])
             entry = self._solve(site, asked, keys[site], float(clean[site].norm()), moment)
-            found.append(self._judged(entry, token, judges) if judged else entry)
-            found[-1] = replace(
-                found[-1], note={**found[-1].note, "token": token, "protected": len(protected), "recalls": len(own)}
+            entry = replace(
+                entry, note={**entry.note, "token": token, "protected": len(protected), "recalls": len(own)}
             )
+            found.append(self._judged(entry, token, judges) if judged else entry)
         return found
 
     def _solve(self, site: Site, asked: Demand, keys: Tensor, scale: float, moment: Tensor) -> _Found:
@@ -274,10 +281,12 @@ class _Work:
         """With its merit.
 
         That is whether the bare prompt says the target; then the mean probability of the target behind prefixes no
-        value was fitted to, plus how much of their answers' probability namesakes keep.
+        value was fitted to and in the model's own ways to the fact, plus how much of their answers' probability
+        namesakes keep.
         """
         asked = demand(self.fact, self.view.tokenizer, self.trial, token, essence=False)
-        rows = [Row(row.ids + asked.target[:-1], row.at) for row in asked.prompts]
+        prompts = [*asked.prompts, *(row_of(prompt, token) for prompt in self.ways)]
+        rows = [Row(row.ids + asked.target[:-1], row.at) for row in prompts]
         target = torch.tensor(asked.target, device=self.view.device).repeat(len(rows))
         with _as_if(self.view, found.site, found.delta):
             spoken = _chances(self.view, rows, len(asked.target))
@@ -285,7 +294,8 @@ class _Work:
         chance = spoken.gather(1, target[:, None]).view(len(rows), -1).prod(1)
         right = bool((spoken.argmax(1) == target).view(len(rows), -1)[0].all())
         overlap = torch.minimum(now, _chances(self.view, judges, 1)).sum(1)
-        said, kept = float(chance.mean()), float(overlap.mean()) if judges else 1.0
+        parts = [part.mean() for part in (chance[: len(asked.prompts)], chance[len(asked.prompts) :]) if len(part)]
+        said, kept = float(torch.stack(parts).mean()), float(overlap.mean()) if judges else 1.0
         return replace(found, note={**found.note, "said": said, "kept": kept}, merit=(float(right), said + kept))
 
 
@@ -308,7 +318,7 @@ def _predicting(passages: Passages | None) -> tuple[Row, ...]:
 
 
 @contextlib.contextmanager
-def _as_if(view: ModelView, site: Site, delta: LowRank) -> Any:
+def _as_if(view: ModelView, site: Site, delta: LowRank) -> Iterator[None]:
     """As if `delta` had been added to `site`, for trying it without touching a weight."""
     left, right = delta.left.to(view.device), delta.right.to(view.device)
 
