@@ -212,13 +212,14 @@ class _Stage:
         said = zero.index_add(0, self.owner[self.bare], spoken.detach()[self.bare]).exp()
         now = logs[self.asked :]
         divergence = (now.exp() * (now - self.clean)).sum(1)
-        return _Terms(nll, zero.index_add(0, self.kept, divergence), said)
+        kl = zero.index_add(0, self.kept, divergence)
+        return _Terms(nll.float(), kl.float(), said.float())
 
     def _logs(self, change: Tensor) -> Tensor:
         """Log-probabilities at the scored positions, `[k, v]`."""
         residual = self.tail.residual
         line = torch.arange(len(residual), device=residual.device)
-        added = residual[line, self.at].to(change.dtype) + change[self.fact]
+        added = residual[line, self.at] + change[self.fact]
         hidden = self.tail.hidden(residual.index_put((line, self.at), added.to(residual.dtype)))
         return self.view.unembed(hidden[self.row, self.column]).log_softmax(-1)
 

@@ -96,6 +96,17 @@ def test_keeps_every_promise_of_an_editor(settings, view, facts, tmp_path):
     check_editor(Rome(**{**PLAIN, "steps": 6, **settings}), view, Request(facts=facts, text=ordinary(view)), tmp_path)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_other_precisions_are_edited_too(dtype, tmp_path):
+    """Values and closed form are worked out in float32 and float64; only the weights and the forward are coarse."""
+    view = ModelView.open(zoo.build("llama", vocab_size=VOCAB, dtype=dtype), tokenizer=with_start())
+    fact = read(tmp_path, view)[0]
+    edit = Rome(layer=2, token="prompt-last", **PLAIN)(view, Request(facts=Facts((fact,)), text=ordinary(view)))
+    assert edit.deltas[Site(2, Kind.MLP_OUT)].left.dtype == torch.float32
+    with hands_off(view), edit.apply(view):
+        assert says(view, fact)
+
+
 def test_square_weights_are_not_turned(tmp_path):
     """f == d, so a wrong orientation would fit too; GPT-2 stores [in, out], Llama [out, in]."""
     for family, changes in (("gpt2", {"n_inner": 24}), ("llama", {"intermediate_size": 24})):
