@@ -44,8 +44,8 @@ class IntegratedGradients:
         quadrature: "gauss-legendre"; "riemann-right" (the paper's, α = k/m); "inclusive" (m equal steps with both ends,
             each weighing 1/m: the rule of the public reference, which counts the ends twice).
         tolerance: Gauss-Legendre only: halve a stretch of a path where its own gap is too large for this share in all.
-        halvings: and so many times at most, nor below the rounding of a model in half precision. A model that has learned a text turns sharply near α = 0, where more nodes
-            on the whole path would be spent in vain.
+        halvings: and so many times at most, nor below the rounding of a model in half precision. A model that has
+            learned a text turns sharply near α = 0, where more nodes on the whole path would be spent in vain.
         batch_size: passages prefilled together; no effect on scores.
         memory_mb: working memory the one-token rows may take, roughly; no effect on scores.
 
