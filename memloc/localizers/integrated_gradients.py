@@ -67,6 +67,8 @@ class IntegratedGradients:
     def __post_init__(self) -> None:
         if min(self.nodes, self.batch_size, self.memory_mb) < 1:
             raise InputError("nodes, batch_size and memory_mb: expected at least 1 each")
+        if self.halvings < 0 or not self.tolerance > 0:
+            raise InputError(f"halvings {self.halvings}, tolerance {self.tolerance}: expected at least 0, and above 0")
 
     def __call__(self, view: ModelView, passages: Passages, *, contrast: Passages | None = None) -> Localization:
         """Score all neurons, passage by passage; `contrast` is not used.
