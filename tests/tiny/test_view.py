@@ -290,7 +290,8 @@ def test_a_prompt_batch_is_all_prefix():
     assert not bool(batch.suffix_mask.any()) and batch.mask.tolist() == [[True] * 3, [True, False, False]]
 
 
-def test_gradients_the_caller_had_are_still_there(view):
+def test_gradients_the_caller_had_are_still_there():
+    view = ModelView.open(zoo.build("gpt2"))
     parameters = list(view.model.parameters())
     parameters[0].grad = torch.ones_like(parameters[0])
     with view.trainable(parameters[1:2]):
