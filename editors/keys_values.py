@@ -1,0 +1,231 @@
+"""Keys at a token, and the values that would make the model say something else: all facts in one batch.
+
+The search for values resumes at the edited layer, unembeds only the positions that are scored, and leaves a fact
+alone once it is done; each fact has its own change, its own Adam state and its own stop.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from editors.contexts import Demand, Row, check_context
+from memloc.batches import pad
+from memloc.hooks import Side
+from memloc.sites import Site
+from memloc.view import ModelView
+
+
+@torch.no_grad()
+def read_at(
+    view: ModelView, sites: Sequence[Site], rows: Sequence[Row], *, side: Side = "input", size: int = 64
+) -> dict[Site, Tensor]:
+    """What flows into (or out of) `sites` at each row's token: site to `[n, width]`, float64 on the CPU.
+
+    Cost: a forward a batch of `size` rows, left after the highest site.
+    """
+    found: dict[Site, list[Tensor]] = {site: [] for site in sites}
+    for start in range(0, len(rows), size):
+        part = rows[start : start + size]
+        batch = pad([row.ids for row in part], device=view.device)
+        at = torch.tensor([row.at for row in part], device=view.device)
+        with view.record(sites, side=side, stop=True) as seen:
+            view.hidden(batch)
+        for site in sites:
+            found[site].append(seen[site][torch.arange(len(part), device=at.device), at].to("cpu", torch.float64))
+    return {site: torch.cat(parts) for site, parts in found.items()}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Descent:
+    """How values are searched for.
+
+    Attributes:
+        steps: passes; the last one only evaluates, so there are `steps - 1` updates.
+        lr: Adam's step size.
+        clamp: the change is kept no longer than `clamp` times the clean output.
+        weight_decay: weight of ‖δ‖ / ‖clean output‖² (the numerator is not squared).
+        kl_weight: weight of KL(edited ‖ clean), in nats, where the fact's essence is asked.
+        stop_below: a fact is done when its whole loss is below.
+    """
+
+    steps: int = 25
+    lr: float = 0.5
+    clamp: float = 4.0
+    weight_decay: float = 0.5
+    kl_weight: float = 0.0625
+    stop_below: float = 0.05
+
+
+@dataclass(frozen=True)
+class Values:
+    """What the search found, one entry a fact.
+
+    Attributes:
+        change: [n, d] float32, to be added to the clean output.
+        loss: [n] the whole loss with it, nats per token.
+        updates: [n] Adam updates made.
+        before: [n] probability of the whole target after the bare prompt, clean.
+        after: [n] and with the change.
+    """
+
+    change: Tensor
+    loss: Tensor
+    updates: Tensor
+    before: Tensor
+    after: Tensor
+
+
+def optimise_values(
+    view: ModelView, layer: int, demands: Sequence[Demand], scale: Tensor, how: Descent, *, size: int = 32
+) -> Values:
+    """For every fact the change of what `layer` puts out at its token that makes the model say the target.
+
+    The change is added at the edited token of all of a fact's prompts, and of its essence. Minimised is the mean over
+    prompts and target tokens of -log p, and the two terms of `how`. Every fact's result is as if it were alone.
+
+    Cost: a step is a forward and a backward through the blocks above `layer`, for the rows of facts not yet done.
+
+    Args:
+        view: the model; no gradient of it is taken.
+        layer: whose block output (for an MLP: output of its last map) is changed.
+        demands: the facts.
+        scale: [n] norm of the clean output that `clamp` and `weight_decay` are relative to.
+        how: the settings.
+        size: facts at once.
+
+    Raises:
+        InputError: a row longer than the model's context.
+
+    Source: Meng et al. 2022, arXiv:2202.05262, in the form of its published code; batching is ours.
+    """
+    check_context(demands, view.context)
+    parts = [
+        _search(view, layer, demands[start : start + size], scale[start : start + size], how)
+        for start in range(0, len(demands), size)
+    ]
+    names = ("change", "loss", "updates", "before", "after")
+    return Values(*(torch.cat([getattr(part, name) for part in parts]) for name in names))
+
+
+def _search(view: ModelView, layer: int, demands: Sequence[Demand], scale: Tensor, how: Descent) -> Values:
+    count, device = len(demands), view.device
+    norms = scale.to(device, torch.float32)
+    change = torch.zeros(count, view.width, device=device)
+    moments = torch.zeros(2, count, view.width, device=device)
+    loss, before, after = (torch.zeros(count, device=device) for _ in range(3))
+    updates = torch.zeros(count, dtype=torch.long, device=device)
+    active = torch.arange(count, device=device)
+    with view.frozen():
+        stage = _Stage(view, layer, [demands[index] for index in active.tolist()])
+        for step in range(how.steps):
+            mine = change[active].requires_grad_(True)
+            terms = stage.terms(mine)
+            total = terms.nll + how.kl_weight * terms.kl + how.weight_decay * mine.norm(dim=1) / norms[active] ** 2
+            loss[active], after[active] = total.detach(), terms.spoken
+            if step == 0:
+                before[active] = terms.spoken
+            going = (total.detach() >= how.stop_below).nonzero()[:, 0]
+            if step == how.steps - 1 or not len(going):
+                break
+            (gradient,) = torch.autograd.grad(total[going].sum(), mine)
+            chosen = active[going]
+            updates[chosen] += 1
+            moved = change[chosen] - how.lr * _adam(moments, chosen, gradient[going], step + 1)
+            longest = how.clamp * norms[chosen]
+            change[chosen] = moved * (longest / moved.norm(dim=1).clamp_min(1e-30)).clamp_max(1)[:, None]
+            if len(going) < len(active):
+                # Facts leave at once: a finished fact costs nothing, and what is left keeps its rows' arithmetic.
+                active = chosen
+                stage = stage.only(going.tolist())
+    return Values(change.cpu(), loss.cpu(), updates.cpu(), before.cpu(), after.cpu())
+
+
+def _adam(moments: Tensor, rows: Tensor, gradient: Tensor, step: int) -> Tensor:
+    """Adam's direction for `rows`; both moments are updated in place. Its usual constants."""
+    first, second, tiny = 0.9, 0.999, 1e-8
+    moments[0, rows] = first * moments[0, rows] + (1 - first) * gradient
+    moments[1, rows] = second * moments[1, rows] + (1 - second) * gradient**2
+    mean = moments[0, rows] / (1 - first**step)
+    return mean / ((moments[1, rows] / (1 - second**step)).sqrt() + tiny)
+
+
+@dataclass
+class _Terms:
+    nll: Tensor
+    kl: Tensor
+    spoken: Tensor
+
+
+class _Stage:
+    """Rows of the facts at work, run up to the edited layer once."""
+
+    def __init__(self, view: ModelView, layer: int, demands: Sequence[Demand]) -> None:
+        self.view, self.layer, self.demands = view, layer, list(demands)
+        rows = list(_rows(self.demands))
+        batch = pad([ids for _, ids, _ in rows], device=view.device)
+        self.tail = view.tail(layer, batch)
+        self.fact = torch.tensor([fact for fact, _, _ in rows], device=view.device)
+        self.at = torch.tensor([at for _, _, at in rows], device=view.device)
+        self._score()
+        with torch.no_grad():
+            self.clean = self._logs(torch.zeros(len(self.demands), view.width, device=view.device))[self.asked :]
+
+    def only(self, facts: Sequence[int]) -> _Stage:
+        """The same with fewer facts."""
+        return _Stage(self.view, self.layer, [self.demands[index] for index in facts])
+
+    def _score(self) -> None:
+        """Which positions are unembedded: of every prompt those that predict the target, then one of each essence."""
+        row, column, token, share, fact, bare, essence = [], [], [], [], [], [], []
+        index = 0
+        for place, demand in enumerate(self.demands):
+            for order, prompt in enumerate(demand.prompts):
+                for step, wanted in enumerate(demand.target):
+                    row.append(index)
+                    column.append(len(prompt.ids) - 1 + step)
+                    token.append(wanted)
+                    share.append(1 / (len(demand.prompts) * len(demand.target)))
+                    fact.append(place)
+                    bare.append(order == 0)
+                index += 1
+            if demand.essence is not None:
+                essence.append((place, index, demand.essence.at))
+                index += 1
+        device = self.view.device
+        self.asked = len(row)
+        self.row = torch.tensor(row + [entry[1] for entry in essence], device=device)
+        self.column = torch.tensor(column + [entry[2] for entry in essence], device=device)
+        self.token, self.share = torch.tensor(token, device=device), torch.tensor(share, device=device)
+        self.owner, self.bare = torch.tensor(fact, device=device), torch.tensor(bare, device=device)
+        self.kept = torch.tensor([entry[0] for entry in essence], dtype=torch.long, device=device)
+
+    def terms(self, change: Tensor) -> _Terms:
+        """The loss terms of every fact with `change` [n, d], differentiable."""
+        logs = self._logs(change)
+        spoken = logs[: self.asked].gather(1, self.token[:, None])[:, 0]
+        zero = logs.new_zeros(len(self.demands))
+        nll = -zero.index_add(0, self.owner, spoken * self.share.to(logs))
+        said = zero.index_add(0, self.owner[self.bare], spoken.detach()[self.bare]).exp()
+        now = logs[self.asked :]
+        divergence = (now.exp() * (now - self.clean)).sum(1)
+        return _Terms(nll, zero.index_add(0, self.kept, divergence), said)
+
+    def _logs(self, change: Tensor) -> Tensor:
+        """Log-probabilities at the scored positions, `[k, v]`."""
+        residual = self.tail.residual
+        line = torch.arange(len(residual), device=residual.device)
+        added = residual[line, self.at].to(change.dtype) + change[self.fact]
+        hidden = self.tail.hidden(residual.index_put((line, self.at), added.to(residual.dtype)))
+        return self.view.unembed(hidden[self.row, self.column]).log_softmax(-1)
+
+
+def _rows(demands: Sequence[Demand]) -> Iterator[tuple[int, tuple[int, ...], int]]:
+    for fact, demand in enumerate(demands):
+        for row in demand.prompts:
+            yield fact, row.ids + demand.target[:-1], row.at
+        if demand.essence is not None:
+            yield fact, demand.essence.ids, demand.essence.at

@@ -1,0 +1,340 @@
+"""ROME: rewrite one fact by one rank-one change of one MLP's output map."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from editors.base import Request
+from editors.contexts import Demand, Row, Token, check_context, demand, row_of, sample_prefixes
+from editors.deltas import Delta, LowRank, add
+from editors.edit import Edit
+from editors.keys_values import Descent, optimise_values, read_at
+from editors.least_squares import insert_pair
+from editors.own_words import namesakes, recalls
+from memloc import progress
+from memloc.batches import pad
+from memloc.errors import InputError
+from memloc.moments import Moments, second_moments
+from memloc.passages import Fact, Passages, Prompt
+from memloc.provenance import Provenance, digest_tensor, settings_of
+from memloc.sites import Kind, Site
+from memloc.view import ModelView
+
+TRIAL_LENGTHS = 5, 10
+TRIALS = 4
+"""Prefixes of each length that sites are judged with."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rome:
+    """Make the model say a fact's target, by the gentlest rank-one change of one MLP's output map.
+
+    A value δ is searched for that, added to what the map puts out at one token of the prompt, brings the target about
+    (also behind prefixes the model wrote itself); the map is then changed so that it puts out that value there, moving
+    least what ordinary text (and other subjects in the same prompt) sends through it. Several facts are done one after
+    the other, each on the model with those before it, and come back as one edit.
+
+    `Rome.published` holds the settings of the original.
+
+    Attributes:
+        layer: which block's MLP; None tries up to `tries` of them on the fact itself and keeps the best.
+        token: where to edit: the subject's last token, the prompt's last token, or whichever measures best.
+        variant: which keys the closed form uses. "consistent": one mean key in all places (r-ROME). "2022": the mean
+            key gives the direction, the bare prompt's key the length, as in the original code. "prompt-only": the bare
+            prompt's key in all places (p-ROME).
+        bare: weight of the bare prompt's key in the mean key, the prefixed ones sharing the rest; None weighs all
+            alike, as the original.
+        steps: passes of the search for δ, the last of which only evaluates.
+        lr: Adam's step size.
+        clamp: ‖δ‖ is kept below this many times the norm of the map's clean output.
+        weight_decay: weight of ‖δ‖ / ‖clean output‖² in the loss.
+        kl_weight: weight of the change of the answer to "{subject} is a", in nats; used at subject-last only, for at
+            prompt-last δ is the answer.
+        stop_below: the search ends when the loss is below.
+        damping: share of the moment's mean diagonal added to its diagonal.
+        samples: how many prefixes of each length the model writes.
+        lengths: of these prefixes in tokens, the start token included.
+        top_k: each sampled token is one of the k likeliest.
+        namesakes: how many prompts about other subjects the model makes up; two thirds are protected, the others judge
+            sites. 0 makes none.
+        protect: weight of the mean k kᵀ over protected tokens (namesakes; where `retain` predicts its suffixes)
+            against that of ordinary text.
+        recalls: at most how many prompts of the model's own, in which it comes to the present answer from the subject
+            alone, are treated like prefixed prompts.
+        tries: layers tried where `layer` is None, evenly spread.
+        prefixes: texts instead of the model's own; () for none.
+        moment: second moment instead of that of the request's text: a tensor [f, f] for `layer`, a `Moments` (for many
+            edits of one model collect it once), or the path of a saved one.
+
+    Raises:
+        InputError: neither text nor moment, no facts, a layer the model has not, a fact that does not fit.
+
+    Source: Meng et al. 2022, arXiv:2202.05262; consistent keys: Gupta et al. 2024, arXiv:2403.07175. The choice of
+    token and layer by measurement, the weight of the bare key and the namesakes are ours.
+    """
+
+    layer: int | None = None
+    token: Literal["subject-last", "prompt-last", "measured"] = "measured"
+    variant: Literal["consistent", "2022", "prompt-only"] = "consistent"
+    bare: float | None = 0.5
+    steps: int = 25
+    lr: float = 0.5
+    clamp: float = 8.0
+    weight_decay: float = 1e-3
+    kl_weight: float = 0.0625
+    stop_below: float = 0.05
+    damping: float = 1e-4
+    samples: int = 2
+    lengths: tuple[int, ...] = (5, 10)
+    top_k: int = 5
+    namesakes: int = 72
+    protect: float = 1.0
+    recalls: int = 8
+    tries: int = 8
+    prefixes: tuple[str, ...] | None = None
+    moment: Any = None
+
+    @classmethod
+    def published(cls, layer: int, **changes: Any) -> Rome:
+        """The original's settings at `layer` (GPT-2 XL: 17): give `prefixes` and `moment` to reproduce a number."""
+        settings: dict[str, Any] = {
+            "layer": layer, "token": "subject-last", "variant": "2022", "bare": None, "steps": 20, "clamp": 4.0,
+            "weight_decay": 0.5, "damping": 0.0, "samples": 10, "namesakes": 0, "protect": 0.0, "recalls": 0, **changes,
+        }  # fmt: skip
+        return cls(**settings)
+
+    def __call__(self, view: ModelView, request: Request) -> Edit:
+        """The edit that makes all of the request's facts so; the model is as it was, to the bit.
+
+        Uses `facts`, `text` (ordinary text, for the moments), `retain` (protected) and `seed` of the request.
+        """
+        facts = request.need_facts()
+        self._check()
+        layers = self._layers(view)
+        moments, source = self._moments(view, request, layers)
+        prefixes, trial = self._prefixes(view, layers, torch.Generator().manual_seed(request.seed))
+        settings = {**settings_of(self), "moment": source if self.moment is not None else None}
+        provenance = Provenance("rome", settings, request.seed, {**request.inputs(view), "moment": source})
+        deltas: dict[Site, Delta] = {}
+        notes = []
+        with contextlib.ExitStack() as stack:
+            for index, fact in enumerate(progress.steps(facts, "facts")):
+                work = _Work.of(self, view, fact, request, moments=moments, prefixes=prefixes, trial=trial)
+                found = work.best(layers, self._tokens(fact))
+                deltas[found.site] = add(deltas[found.site], found.delta) if found.site in deltas else found.delta
+                notes.append(found.note)
+                if index + 1 < len(facts):
+                    stack.enter_context(Edit.of(view, {found.site: found.delta}, provenance).apply(view))
+        return Edit.of(view, deltas, provenance, notes={"facts": notes, "prefixes": list(prefixes)})
+
+    @property
+    def descent(self) -> Descent:
+        """The settings of the search for δ."""
+        return Descent(steps=self.steps, lr=self.lr, clamp=self.clamp, weight_decay=self.weight_decay,
+                       kl_weight=self.kl_weight, stop_below=self.stop_below)  # fmt: skip
+
+    def _check(self) -> None:
+        least = {"steps": 1, "lr": 0, "clamp": 0, "weight_decay": 0, "kl_weight": 0, "damping": 0, "samples": 0,
+                 "namesakes": 0, "protect": 0, "recalls": 0, "tries": 1, "top_k": 1}  # fmt: skip
+        for name, value in least.items():
+            if getattr(self, name) < value:
+                raise InputError(f"rome: {name} is {getattr(self, name)}, expected {value} or more")
+        if self.bare is not None and not 0 < self.bare <= 1:
+            raise InputError(f"rome: bare is {self.bare}, expected above 0 and at most 1")
+
+    def _layers(self, view: ModelView) -> tuple[int, ...]:
+        if self.layer is not None:
+            view.block(self.layer)
+            return (self.layer,)
+        count = min(self.tries, view.layers)
+        return tuple(sorted({round(index * (view.layers - 1) / max(1, count - 1)) for index in range(count)}))
+
+    def _tokens(self, fact: Fact) -> tuple[Token, ...]:
+        if self.token != "measured":
+            return (self.token,)
+        return ("prompt-last",) if fact.prompt.subject is None else ("subject-last", "prompt-last")
+
+    def _moments(self, view: ModelView, request: Request, layers: Sequence[int]) -> tuple[Mapping[int, Tensor], str]:
+        """Second moment of each layer, and the digest of where they come from."""
+        if isinstance(self.moment, Tensor):
+            if self.layer is None:
+                raise InputError("rome: a second moment given as a tensor is that of one layer; name the layer")
+            return {self.layer: self.moment}, digest_tensor(self.moment)
+        sites = {layer: Site(layer, Kind.MLP_OUT) for layer in layers}
+        if self.moment is not None:
+            found = self.moment if isinstance(self.moment, Moments) else Moments.load(self.moment)
+        elif request.text:
+            found = second_moments(view, request.text, tuple(sites.values()))
+        else:
+            raise InputError("rome needs ordinary text, to know what to leave alone, or a second moment; found neither")
+        return {layer: found.mean(site) for layer, site in sites.items()}, found.digest
+
+    def _prefixes(
+        self, view: ModelView, layers: Sequence[int], generator: torch.Generator
+    ) -> tuple[tuple[str, ...], tuple[str, ...]]:
+        """Prefixes to fit values with, and others to judge sites with; none of these where nothing is to be chosen."""
+        given = self.prefixes
+        if given is None:
+            given = sample_prefixes(view, self.lengths, self.samples, generator, top_k=self.top_k)
+        if (len(layers) == 1 and self.token != "measured") or view.tokenizer is None:
+            return given, ()
+        return given, sample_prefixes(view, TRIAL_LENGTHS, TRIALS, generator, top_k=self.top_k)
+
+
+@dataclass(frozen=True)
+class _Found:
+    site: Site
+    delta: LowRank
+    note: Mapping[str, Any]
+    merit: tuple[float, float] = (0.0, 0.0)
+
+
+@dataclass(frozen=True)
+class _Work:
+    """One fact at work."""
+
+    rome: Rome
+    view: ModelView
+    fact: Fact
+    moments: Mapping[int, Tensor]
+    prefixes: tuple[str, ...]
+    trial: tuple[str, ...]
+    retain: Passages | None
+    others: tuple[Prompt, ...]
+    ways: tuple[Prompt, ...]
+
+    @classmethod
+    def of(cls, rome: Rome, view: ModelView, fact: Fact, request: Request, **shared: Any) -> _Work:
+        """With what the model says about others and about the fact itself, as it is now."""
+        draw = torch.Generator().manual_seed(request.seed)
+        others = namesakes(view, fact.prompt, rome.namesakes, draw, top_k=2 * rome.top_k)
+        ways = recalls(view, fact, rome.recalls, draw, top_k=2 * rome.top_k)
+        return cls(rome, view, fact, retain=request.retain, others=others, ways=ways, **shared)
+
+    def best(self, layers: Sequence[int], tokens: Sequence[Token]) -> _Found:
+        """The change at the site that serves the fact best; at the only one without trying it."""
+        found = [entry for token in tokens for entry in self._at(layers, token, len(layers) * len(tokens) > 1)]
+        chosen = max(found, key=lambda entry: entry.merit)
+        if len(found) == 1:
+            return chosen
+        tried = [{key: entry.note[key] for key in ("layer", "token", "said", "kept", "drift")} for entry in found]
+        return replace(chosen, note={**chosen.note, "tried": tried})
+
+    def _at(self, layers: Sequence[int], token: Token, judged: bool) -> list[_Found]:
+        rome, view = self.rome, self.view
+        asked = demand(self.fact, view.tokenizer, self.prefixes, token,
+                       essence=token == "subject-last" and rome.kl_weight > 0)  # fmt: skip
+        own = tuple(row_of(prompt, token) for prompt in self.ways)
+        asked = replace(asked, prompts=asked.prompts + own)
+        check_context([asked], view.context)
+        others = tuple(row_of(prompt, token) for prompt in self.others)
+        judges = others[2::3] if judged else ()
+        protected = tuple(row for row in others if row not in judges) + _predicting(self.retain)
+        sites = [Site(layer, Kind.MLP_OUT) for layer in layers]
+        keys = read_at(view, sites, asked.prompts)
+        kept = read_at(view, sites, protected) if protected and rome.protect else {}
+        clean = read_at(view, sites, asked.prompts[:1], side="output")
+        found = []
+        for site in sites:
+            moment = self.moments[site.layer]
+            if site in kept:
+                moment = moment.double() + rome.protect * kept[site].T @ kept[site] / len(kept[site])
+            entry = self._solve(site, asked, keys[site], float(clean[site].norm()), moment)
+            entry = replace(
+                entry, note={**entry.note, "token": token, "protected": len(protected), "recalls": len(own)}
+            )
+            found.append(self._judged(entry, token, judges) if judged else entry)
+        return found
+
+    def _solve(self, site: Site, asked: Demand, keys: Tensor, scale: float, moment: Tensor) -> _Found:
+        rome = self.rome
+        values = optimise_values(self.view, site.layer, [asked], torch.tensor([scale]), rome.descent)
+        weight = self.view.weight(site).detach().to("cpu", torch.float64)
+        wanted = weight @ keys[0] + values.change[0].double()
+        mean = _mean_key(keys, rome.bare)
+        key = mean if rome.variant == "consistent" else keys[0]
+        toward = mean if rome.variant == "2022" else None
+        delta = insert_pair(weight, key, wanted, moment, damping=rome.damping, toward=toward)
+        base = self.moments[site.layer].double()
+        drift = _energy(delta.left.double() @ delta.right.double(), base) / max(_energy(weight, base), 1e-300)
+        note = {
+            "id": self.fact.id,
+            "layer": site.layer,
+            "loss": float(values.loss[0]),
+            "updates": int(values.updates[0]),
+            "before": float(values.before[0]),
+            "after": float(values.after[0]),
+            "value": float(values.change[0].norm()) / scale,
+            "alignment": float(torch.cosine_similarity(keys[0], mean, dim=0)),
+            "norm": delta.norm() / float(weight.norm()),
+            "drift": drift,
+        }
+        return _Found(site, delta, note)
+
+    def _judged(self, found: _Found, token: Token, judges: Sequence[Row]) -> _Found:
+        """With its merit.
+
+        That is whether the bare prompt says the target; then the mean probability of the target behind prefixes no
+        value was fitted to and in the model's own ways to the fact, plus how much of their answers' probability
+        namesakes keep.
+        """
+        asked = demand(self.fact, self.view.tokenizer, self.trial, token, essence=False)
+        prompts = [*asked.prompts, *(row_of(prompt, token) for prompt in self.ways)]
+        rows = [Row(row.ids + asked.target[:-1], row.at) for row in prompts]
+        target = torch.tensor(asked.target, device=self.view.device).repeat(len(rows))
+        with _as_if(self.view, found.site, found.delta):
+            spoken = _chances(self.view, rows, len(asked.target))
+            now = _chances(self.view, judges, 1)
+        chance = spoken.gather(1, target[:, None]).view(len(rows), -1).prod(1)
+        right = bool((spoken.argmax(1) == target).view(len(rows), -1)[0].all())
+        overlap = torch.minimum(now, _chances(self.view, judges, 1)).sum(1)
+        parts = [part.mean() for part in (chance[: len(asked.prompts)], chance[len(asked.prompts) :]) if len(part)]
+        said, kept = float(torch.stack(parts).mean()), float(overlap.mean()) if judges else 1.0
+        return replace(found, note={**found.note, "said": said, "kept": kept}, merit=(float(right), said + kept))
+
+
+def _mean_key(keys: Tensor, bare: float | None) -> Tensor:
+    if bare is None or len(keys) == 1:
+        return keys.mean(0)
+    return bare * keys[0] + (1 - bare) * keys[1:].mean(0)
+
+
+def _energy(matrix: Tensor, moment: Tensor) -> float:
+    """Mean squared output of `matrix` over what the moment was taken of."""
+    return float(((matrix @ moment.to(matrix)) * matrix).sum())
+
+
+def _predicting(passages: Passages | None) -> tuple[Row, ...]:
+    """Every position of `passages` that predicts a token of a suffix."""
+    return tuple(
+        Row(item.ids, len(item.prefix) - 1 + step) for item in passages or () for step in range(len(item.suffix))
+    )
+
+
+@contextlib.contextmanager
+def _as_if(view: ModelView, site: Site, delta: LowRank) -> Iterator[None]:
+    """As if `delta` had been added to `site`, for trying it without touching a weight."""
+    left, right = delta.left.to(view.device), delta.right.to(view.device)
+
+    def change(_: Site, output: Tensor) -> Tensor:
+        return output + ((seen[site].float() @ right.T) @ left.T).to(output.dtype)
+
+    with view.record([site]) as seen, view.replace([site], change, side="output"):
+        yield
+
+
+@torch.no_grad()
+def _chances(view: ModelView, rows: Sequence[Row], count: int) -> Tensor:
+    """Probabilities `[n * count, v]` at the last `count` positions of each row."""
+    if not rows:
+        return torch.zeros(0, view.vocab)
+    batch = pad([row.ids for row in rows], device=view.device)
+    column = (batch.length[:, None] - count + torch.arange(count, device=view.device)).reshape(-1)
+    line = torch.arange(len(rows), device=view.device).repeat_interleave(count)
+    return view.logits_at(batch, line, column).softmax(-1)
