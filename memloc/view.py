@@ -265,17 +265,21 @@ class ModelView:
 
     @contextlib.contextmanager
     def trainable(self, parameters: Sequence[nn.Parameter] = ()) -> Iterator[None]:
-        """Gradients for `parameters` only (by default for none: cheaper backward passes); as before afterwards."""
-        before = [(parameter, parameter.requires_grad) for parameter in self.model.parameters()]
+        """Gradients for `parameters` only (by default for none: cheaper backward passes), starting from none.
+
+        Flags and gradients are as before afterwards.
+        """
+        before = [(parameter, parameter.requires_grad, parameter.grad) for parameter in self.model.parameters()]
         wanted = {id(parameter) for parameter in parameters}
         try:
-            for parameter, _ in before:
+            for parameter, _, _ in before:
                 parameter.requires_grad_(id(parameter) in wanted)
+                parameter.grad = None
             yield
         finally:
-            for parameter, flag in before:
+            for parameter, flag, gradient in before:
                 parameter.requires_grad_(flag)
-                parameter.grad = None
+                parameter.grad = gradient
 
     def frozen(self) -> AbstractContextManager[None]:
         """No gradients for any parameter inside the block; activations may still have them."""

@@ -44,8 +44,8 @@ class IntegratedGradients:
         quadrature: "gauss-legendre"; "riemann-right" (the paper's, α = k/m); "inclusive" (m equal steps with both ends,
             each weighing 1/m: the rule of the public reference, which counts the ends twice).
         tolerance: Gauss-Legendre only: halve a stretch of a path where its own gap is too large for this share in all.
-        halvings: and so many times at most. A model that has learned a text turns sharply near α = 0, where more nodes
-            on the whole path would be spent in vain.
+        halvings: and so many times at most, nor below the rounding of a model in half precision. A model that has
+            learned a text turns sharply near α = 0, where more nodes on the whole path would be spent in vain.
         batch_size: passages prefilled together; no effect on scores.
         memory_mb: working memory the one-token rows may take, roughly; no effect on scores.
 
@@ -67,6 +67,8 @@ class IntegratedGradients:
     def __post_init__(self) -> None:
         if min(self.nodes, self.batch_size, self.memory_mb) < 1:
             raise InputError("nodes, batch_size and memory_mb: expected at least 1 each")
+        if self.halvings < 0 or not self.tolerance > 0:
+            raise InputError(f"halvings {self.halvings}, tolerance {self.tolerance}: expected at least 0, and above 0")
 
     def __call__(self, view: ModelView, passages: Passages, *, contrast: Passages | None = None) -> Localization:
         """Score all neurons, passage by passage; `contrast` is not used.
@@ -238,8 +240,10 @@ class Path:
         A panel may err by its share of half the tolerance, a narrow one by an eighth of that half: a path has few.
         """
         error = ((slope * self.written[panels.layer, panels.at]).sum(-1) - change).abs()
-        share = (panels.high - panels.low).clamp_min(1 / 8).to(error) / 2
-        return error > tolerance * share * self.scale[self.row[panels.at]]
+        allowed = tolerance * (panels.high - panels.low).clamp_min(1 / 8).to(error) / 2
+        # Below this the two sides differ by the model's own rounding, and no halving helps.
+        allowed = allowed.clamp_min(8 * torch.finfo(self.prefill.view.dtype).eps)
+        return error > allowed * self.scale[self.row[panels.at]]
 
     def add(self, panels: Panels, slope: Tensor, change: Tensor) -> None:
         """Take finished panels in."""

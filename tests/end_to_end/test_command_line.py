@@ -121,7 +121,7 @@ def test_a_wrong_word_is_one_line(command, words, says):
     "text, says",
     [
         ("", "no record"),
-        ('{"id": 1, "text": "a b"}\n{oops', "line 2: not JSON"),
+        ('{"id": "a", "prefix_ids": [1], "suffix_ids": [2]}\n{oops', "line 2: not JSON"),
         ("[1, 2]", "line 1: expected an object"),
         ('{"id": "a", "text": "short"}', "line 1: text of"),
         ('{"id": "a", "words": "x"}', "line 1: found keys"),

@@ -400,6 +400,8 @@ def test_settings_that_cannot_be_used_are_refused(view_of):
         Activation(grain="head", signed=True)(view, passages)
     with pytest.raises(InputError, match="expected at least 1 each"):
         IntegratedGradients(nodes=0)
+    with pytest.raises(InputError, match="halvings -1"):
+        IntegratedGradients(halvings=-1)
     for name in set(LOCALIZERS) - {"random"}:
         with pytest.raises(InputError, match=f"{name}: no passages given"):
             LOCALIZERS[name]()(view, passages[:0])

@@ -288,3 +288,13 @@ def test_the_digest_follows_every_weight():
 def test_a_prompt_batch_is_all_prefix():
     batch = pad([(1, 2, 3), (4,)])
     assert not bool(batch.suffix_mask.any()) and batch.mask.tolist() == [[True] * 3, [True, False, False]]
+
+
+def test_gradients_the_caller_had_are_still_there():
+    view = ModelView.open(zoo.build("gpt2"))
+    parameters = list(view.model.parameters())
+    parameters[0].grad = torch.ones_like(parameters[0])
+    with view.trainable(parameters[1:2]):
+        assert parameters[0].grad is None and not parameters[0].requires_grad and parameters[1].requires_grad
+    torch.testing.assert_close(parameters[0].grad, torch.ones_like(parameters[0]))
+    assert all(parameter.requires_grad for parameter in parameters)
