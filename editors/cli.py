@@ -61,6 +61,12 @@ def _list(arguments: argparse.Namespace, terminal: Terminal) -> None:
 def _edit_flags(parser: argparse.ArgumentParser) -> None:
     common(parser, "model", "passages", "retain", "text", "facts", "localization", "fraction", "count", "per")
     common(parser, "prefix", "suffix", "seed")
+    parser.add_argument(
+        "--rounding",
+        choices=["nearest", "stochastic"],
+        default="nearest",
+        help="how to cast to the stored dtype; stochastic keeps small changes of bfloat16 weights (default: nearest)",
+    )
     out(parser, "edit.safetensors", required=True)
     parser.add_argument(
         "--control",
@@ -111,6 +117,8 @@ def _make(arguments: argparse.Namespace, view: ModelView, request: Request, path
     from editors.trial import told
 
     edit: Edit = arguments.method(view, request)
+    if arguments.rounding != edit.rounding:
+        edit = replace(edit, rounding=arguments.rounding, rounding_seed=arguments.seed).rebased(view)
     edit.save(path)
     print_edit(edit, path, terminal)
     return {"file": str(path), "bytes": path.stat().st_size, **told(edit)}

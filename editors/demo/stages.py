@@ -23,10 +23,12 @@ from memloc.localizers.integrated_gradients import IntegratedGradients
 from memloc.localizers.weight_gradient import WeightGradient
 from memloc.measurement import Measurement
 from memloc.measures.facts import FactRecall, pooled
+from memloc.moments import second_moments
 from memloc.passages import Facts
 from memloc.progress import steps
 from memloc.report import Verdict
 from memloc.scores import Localization, Selection
+from memloc.sites import Kind
 from memloc.view import ModelView
 
 
@@ -120,6 +122,8 @@ def unlearn(
 def rewrite(view: ModelView, data: Material, editor: Rome, seed: int) -> Rewritten:
     """Change every fact alone, measure it under its own edit and under a random one of equal norm; pool."""
     recall = FactRecall()
+    # Once for all facts: every one of them starts from the same model.
+    editor = replace(editor, moment=second_moments(view, data.kept_text, view.sites(Kind.MLP_OUT)))
     first: Edit | None = None
     before, after, beside = [], [], []
     for index in steps(range(len(data.facts)), "facts edited one by one"):

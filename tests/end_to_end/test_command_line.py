@@ -69,6 +69,26 @@ def test_an_edit_comes_with_its_random_control(tiny_lab, command):
     assert made["edit"]["entries"] == made["control"]["entries"] and made["edit"]["digest"] != made["control"]["digest"]
 
 
+def test_small_changes_of_a_bfloat16_model_survive_stochastic_rounding(tiny_lab, command):
+    """Scaling by 0.999 is below bfloat16's step, so nearest rounding loses most of it."""
+    from transformers import AutoModelForCausalLM
+
+    AutoModelForCausalLM.from_pretrained(tiny_lab, dtype=torch.bfloat16).save_pretrained("half")
+    shutil.copy(tiny_lab / "tokenizer.json", "half"), shutil.copy(tiny_lab / "tokenizer_config.json", "half")
+    where = ["--model", "half", "--passages", full_dose(tiny_lab), "--out", "where.safetensors"]
+    assert command("localize", "activation", *where)[0] == 0
+    how = ["edit", "neuron-dropout", "--model", "half", "--localization", "where.safetensors", "--count", 20,
+           "--mode", "scale", "--factor", "0.999", "--no-control", "--json"]  # fmt: skip
+    shares = {}
+    for rounding in ("nearest", "stochastic"):
+        made = json.loads(command(*how, "--rounding", rounding, "--out", f"{rounding}.safetensors")[1])["edit"]
+        shares[rounding] = max(site["changed"] / site["asked"] for site in made["sites"].values())
+        assert command("apply", f"{rounding}.safetensors", "--model", "half", "--out", rounding)[0] == 0
+        assert command("undo", f"{rounding}.safetensors", "--model", rounding, "--out", f"{rounding}-back")[0] == 0
+        assert Path(f"{rounding}-back/model.safetensors").read_bytes() == Path("half/model.safetensors").read_bytes()
+    assert shares["stochastic"] > 2 * shares["nearest"], shares
+
+
 def test_check_prints_the_proved_map(tiny_lab, command):
     code, out, _ = command("check", tiny_lab, "--json")
     assert code == 0 and json.loads(out)["family"] == "GPT-2" and len(json.loads(out)["maps"]) == 6
