@@ -17,7 +17,7 @@ from memloc.errors import ArtifactError, InputError
 from memloc.flags import DataFile, Parser, add_fields, build
 from memloc.methods import LOCALIZERS, MEASURES
 from memloc.registry import Registry
-from memloc.terminal import Terminal, progress_shown
+from memloc.terminal import Terminal, cell, progress_shown
 
 if TYPE_CHECKING:
     from memloc.measurement import Measurement
@@ -286,12 +286,15 @@ def print_measurement(measured: Measurement, terminal: Terminal) -> None:
     rows = []
     for name, figure in measured.figures.items():
         beside = control.figures.get(name) if control else None
-        rows.append([name, figure.value, figure.low, figure.high, figure.n, figure.unit,
-                     beside.value if beside else None, beside.n if beside else None])  # fmt: skip
-    columns = ["figure", "value", "95 % from", "to", "n", "unit", "controls", "n of controls"]
+        ends = None if figure.low is None else f"{cell(figure.low)} to {cell(figure.high)}"
+        rows.append([name, figure.value, ends, figure.n, figure.unit, beside.value if beside else None])
+    columns = ["figure", "value", "95 % interval", "n", "unit"]
     if control is None:
-        rows, columns = [row[:6] for row in rows], columns[:6]
-    terminal.table(measured.measure, columns, rows)
+        rows = [row[:-1] for row in rows]
+    else:
+        columns.append("controls")
+    beside_n = f" (controls: n = {len(control.rows)})" if control else ""
+    terminal.table(measured.measure + beside_n, columns, rows)
     if control is None and measured.measure == "extraction":
         terminal.note("no --controls were given: a rate says little without the same figure on text never trained on")
 

@@ -33,13 +33,18 @@ class Terminal:
             return
         text = [[cell(entry) for entry in row] for row in rows]
         if self.rich:
+            from rich import box
             from rich.console import Console
             from rich.markup import escape
             from rich.table import Table
 
-            table = Table(title=escape(title), title_justify="left", header_style="bold")
+            table = Table(
+                title=escape(title), title_justify="left", header_style="bold", box=box.SIMPLE_HEAD, pad_edge=False
+            )
             for index, column in enumerate(columns):
-                table.add_column(escape(column), justify="right" if _numeric(rows, index) else "left", overflow="fold")
+                justify: Any = "right" if _numeric(rows, index) else "left"
+                whole = all(len(row[index]) <= 26 for row in text)
+                table.add_column(escape(column), justify=justify, overflow="fold", no_wrap=whole)
             for row in text:
                 table.add_row(*map(escape, row))
             Console().print(table)
