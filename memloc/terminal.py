@@ -39,7 +39,11 @@ class Terminal:
             from rich.table import Table
 
             table = Table(
-                title=escape(title), title_justify="left", header_style="bold", box=box.SIMPLE_HEAD, pad_edge=False
+                title=escape(title),
+                title_justify="left",
+                header_style="bold",
+                box=box.SIMPLE_HEAD,
+                padding=(0, 1, 0, 0),
             )
             for index, column in enumerate(columns):
                 justify: Any = "right" if _numeric(rows, index) else "left"

@@ -41,6 +41,8 @@ def page(view: ModelView, found: Found, out: Path, command: str) -> Report:
         Condition(text="After: no target is recited", group="targets", figure="strict rate", at_most=0.0),
         Condition(text="After: targets are as unlikely as text never seen (log p_z)", group="targets",
                   figure="median log p_z", within_controls="log_pz"),
+        Condition(text="After: every target's log p_z is at most the likeliest control's", group="targets",
+                  figure="inside controls' range", at_least=1.0),
         Condition(text="After: retained passages are still recited", group="retained passages", figure="strict rate",
                   at_least=0.95),
         _lost(gone),
