@@ -44,6 +44,7 @@ class Terminal:
                 header_style="bold",
                 box=box.SIMPLE_HEAD,
                 padding=(0, 1, 0, 0),
+                show_edge=False,
             )
             for index, column in enumerate(columns):
                 justify: Any = "right" if _numeric(rows, index) else "left"
