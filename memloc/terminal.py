@@ -33,26 +33,14 @@ class Terminal:
             return
         text = [[cell(entry) for entry in row] for row in rows]
         if self.rich:
-            from rich import box
             from rich.console import Console
-            from rich.markup import escape
-            from rich.table import Table
 
-            table = Table(
-                title=escape(title),
-                title_justify="left",
-                header_style="bold",
-                box=box.SIMPLE_HEAD,
-                padding=(0, 1, 0, 0),
-                show_edge=False,
-            )
-            for index, column in enumerate(columns):
-                justify: Any = "right" if _numeric(rows, index) else "left"
-                whole = all(len(row[index]) <= 26 for row in text)
-                table.add_column(escape(column), justify=justify, overflow="fold", no_wrap=whole)
-            for row in text:
-                table.add_row(*map(escape, row))
-            Console().print(table)
+            console = Console()
+            # A number that does not fit must never be cut short, for the rest would read as another number.
+            table = _rich_table(title, columns, rows, text, whole=True)
+            if console.measure(table, options=console.options.update(max_width=10_000)).maximum > console.width:
+                table = _rich_table(title, columns, rows, text, whole=False)
+            console.print(table)
             return
         widths = [max(len(str(part)) for part in column) for column in zip(columns, *text, strict=True)]
         lines = [title, *("  ".join(part.ljust(width) for part, width in zip(row, widths, strict=True)).rstrip()
@@ -68,6 +56,25 @@ class Terminal:
         """The machine-readable result; printed only with --json."""
         if self.as_json:
             sys.stdout.write(json.dumps(_strict(value), indent=1, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def _rich_table(
+    title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]], text: Sequence[Sequence[str]], *, whole: bool
+) -> Any:
+    """A rich table; `whole`: short cells are not broken over lines."""
+    from rich import box
+    from rich.markup import escape
+    from rich.table import Table
+
+    style: dict[str, Any] = {"box": box.SIMPLE_HEAD, "padding": (0, 1, 0, 0), "show_edge": False}
+    table = Table(title=escape(title), title_justify="left", header_style="bold", **style)
+    for index, column in enumerate(columns):
+        justify: Any = "right" if _numeric(rows, index) else "left"
+        short = all(len(row[index]) <= 26 for row in text)
+        table.add_column(escape(column), justify=justify, overflow="fold", no_wrap=whole and short)
+    for row in text:
+        table.add_row(*map(escape, row))
+    return table
 
 
 def complain(text: str) -> None:
