@@ -18,8 +18,9 @@ from transformers import Cache, DynamicCache
 from memloc import hooks
 from memloc.batches import Batch
 from memloc.errors import ModelError
+from memloc.proof import TOLERANCE
 from memloc.sites import Kind, Site
-from memloc.view import TOLERANCE, ModelView
+from memloc.view import ModelView
 
 
 @dataclass(frozen=True)

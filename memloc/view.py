@@ -21,13 +21,12 @@ from torch import Tensor, nn
 from memloc import hooks
 from memloc.architectures import Place, Row, row_for
 from memloc.batches import Batch, batches
-from memloc.errors import CheckpointError, InputError, ModelError
+from memloc.errors import InputError, ModelError
+from memloc.loading import load
 from memloc.passages import Passages, decode
+from memloc.proof import prove_row
 from memloc.provenance import digest_tensor
 from memloc.sites import OUTSIDE, Kind, Site
-
-TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
-"""How far an output may be from input @ weight.T + bias, relative to its largest entry."""
 
 
 class ModelView:
@@ -338,133 +337,3 @@ class Tail:
             call = self._calls[layer]
             residual = hooks.first(self.view.block(layer)(residual, *call.args, **call.kwargs))
         return self.view.final_norm(residual)
-
-
-def load(model: str | Path, dtype: torch.dtype | None = None) -> tuple[nn.Module, Any]:
-    """A causal language model and its tokenizer (or None) from a folder or a hub name, in the stored dtype.
-
-    Only safetensors are read and no code of the checkpoint is run.
-
-    Raises:
-        CheckpointError: missing, truncated, pickled, or with weights missing.
-        ModelError: the family has no row.
-    """
-    from safetensors import SafetensorError
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, logging
-
-    folder = Path(model)
-    if folder.exists():
-        _check_folder(folder)
-    elif str(model).startswith((".", "/", "~")) or str(model).count("/") > 1:
-        raise CheckpointError(f"{model}: no such folder")
-    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        row_for(AutoConfig.from_pretrained(str(model)))
-        loaded, info = AutoModelForCausalLM.from_pretrained(
-            str(model), dtype=dtype or "auto", use_safetensors=True, output_loading_info=True
-        )
-    except (OSError, ValueError, KeyError, SafetensorError) as error:
-        raise CheckpointError(f"{model} cannot be loaded: {' '.join(str(error).split())[:300]}") from error
-    finally:
-        logging.set_verbosity(level)
-        if bars:
-            logging.enable_progress_bar()
-    missing = sorted(info.get("missing_keys", ())) + sorted(map(str, info.get("mismatched_keys", ())))
-    if missing:
-        raise CheckpointError(f"{model} lacks {len(missing)} weights of its own config, the first {missing[0]}")
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(str(model))
-    except (OSError, ValueError, KeyError, TypeError):
-        tokenizer = None
-    return loaded, tokenizer
-
-
-def _check_folder(folder: Path) -> None:
-    if not folder.is_dir():
-        raise CheckpointError(f"{folder} is a file; name the checkpoint's folder")
-    if not (folder / "config.json").is_file():
-        raise CheckpointError(f"{folder} has no config.json, so it is not a checkpoint folder")
-    if not any(folder.glob("*.safetensors")):
-        pickles = sorted(path.name for path in folder.iterdir() if path.suffix in (".bin", ".pt", ".pth", ".ckpt"))
-        if pickles:
-            raise CheckpointError(
-                f"{folder} holds only pickles ({pickles[0]}), which can run code; convert to safetensors"
-            )
-        raise CheckpointError(f"{folder} holds no .safetensors file")
-
-
-def prove_row(view: ModelView) -> None:
-    """Check by arithmetic, on one forward of two short random rows, that the row tells the truth about this model.
-
-    Proved: every map puts out input @ weight.T + bias; heads are read as the values they are at position 0 (where
-    attention can see one token only); each block adds its two maps' outputs to its input; the logits are the
-    unembedded final norm.
-
-    Raises:
-        ModelError: names the first place that differs, by how much, and what to look at.
-    """
-    generator = torch.Generator().manual_seed(0)
-    length = min(6, view.context or 6)
-    ids = torch.randint(view.vocab, (2, length), generator=generator).to(view.device)
-    full = torch.full((2,), length, device=view.device)
-    batch = Batch(ids, full, full, (0, 1))
-    sites = view.sites(*view.kinds)
-    layers = range(view.layers)
-    with (
-        torch.no_grad(),
-        view.record(sites) as inputs,
-        view.record(sites, side="output") as outputs,
-        view.record_blocks(layers, side="input") as before,
-        view.record_blocks(layers) as after,
-    ):
-        logits = view.logits(batch)
-    for site in sites:
-        _prove_map(view, site, inputs[site], outputs[site])
-    for layer in layers:
-        _prove_values(view, layer, inputs, outputs)
-        added = before[layer] + outputs[Site(layer, Kind.ATTN_OUT)] + outputs[Site(layer, Kind.MLP_OUT)]
-        _same(
-            f"L{layer}", "the block's output", added, after[layer], "input + attention + mlp; check attn.out, mlp.out"
-        )
-    with torch.no_grad():
-        spoken = view.unembed(view.final_norm(after[view.layers - 1]))
-    _same("unembed", "the logits", spoken, logits, "the unembedded final norm; check final_norm and unembed")
-
-
-def _prove_map(view: ModelView, site: Site, entering: Tensor, leaving: Tensor) -> None:
-    weight, place = view.weight(site).detach(), view.place(site)
-    if entering.shape[-1] != weight.shape[1]:
-        raise ModelError(
-            f"{site}: input has {entering.shape[-1]} entries, weight is {list(weight.shape)}; check stored_in_out"
-        )
-    made = entering.to(torch.float64) @ weight.to(torch.float64).T
-    if view.has(Site(site.layer, site.kind, bias=True)):
-        made = made + view.weight(Site(site.layer, site.kind, bias=True)).detach().to(torch.float64)
-    if isinstance(place.rows, slice):
-        leaving = leaving[..., place.rows]
-    elif place.rows is not None:
-        leaving = leaving[..., list(place.rows)]
-    _same(str(site), "output", made, leaving, "input @ weight.T; check stored_in_out and the paths")
-
-
-def _prove_values(view: ModelView, layer: int, inputs: Mapping[Site, Tensor], outputs: Mapping[Site, Tensor]) -> None:
-    value = Site(layer, Kind.ATTN_V)
-    rows = view.place(value).rows
-    made = outputs[value][:, 0]
-    if rows is not None:
-        made = made[:, rows] if isinstance(rows, slice) else made[:, list(rows)]
-    groups = view.heads // view.kv_heads
-    made = made.view(len(made), view.kv_heads, -1).repeat_interleave(groups, 1).flatten(1)
-    heads = inputs[Site(layer, Kind.ATTN_OUT)][:, 0]
-    if made.shape != heads.shape:
-        raise ModelError(f"{value}: {made.shape[1]} values for {heads.shape[1]} head entries; check fused and head_dim")
-    _same(str(value), "values at position 0", made, heads, "what the heads put out; check the fused layout")
-
-
-def _same(place: str, what: str, made: Tensor, found: Tensor, hint: str) -> None:
-    scale = float(found.abs().max()) or 1.0
-    gap = float((made.to(torch.float64) - found.to(torch.float64)).abs().max())
-    if not gap <= TOLERANCE.get(found.dtype, 1e-4) * scale:
-        raise ModelError(f"{place}: {what} differs by {gap:.2g} from {hint} (memloc/architectures.py)")

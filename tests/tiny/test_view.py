@@ -15,8 +15,9 @@ from memloc.batches import pad
 from memloc.checks import hands_off
 from memloc.errors import InputError, ModelError
 from memloc.objectives import divergence, reference_logprobs, suffix_logprobs, suffix_nll
+from memloc.proof import prove_row
 from memloc.sites import OUTSIDE, Kind, Site
-from memloc.view import ModelView, prove_row
+from memloc.view import ModelView
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 every_family = pytest.mark.parametrize("family", zoo.FAMILIES)

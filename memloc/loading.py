@@ -1,0 +1,67 @@
+"""From a folder or a hub name to a model in memory: safetensors only, stored dtype, nothing missing, no remote code."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from memloc.architectures import row_for
+from memloc.errors import CheckpointError
+
+
+def load(model: str | Path, dtype: torch.dtype | None = None) -> tuple[nn.Module, Any]:
+    """A causal language model and its tokenizer (or None) from a folder or a hub name, in the stored dtype.
+
+    Only safetensors are read and no code of the checkpoint is run.
+
+    Raises:
+        CheckpointError: missing, truncated, pickled, or with weights missing.
+        ModelError: the family has no row.
+    """
+    from safetensors import SafetensorError
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, logging
+
+    folder = Path(model)
+    if folder.exists():
+        _check_folder(folder)
+    elif str(model).startswith((".", "/", "~")) or str(model).count("/") > 1:
+        raise CheckpointError(f"{model}: no such folder")
+    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        row_for(AutoConfig.from_pretrained(str(model)))
+        loaded, info = AutoModelForCausalLM.from_pretrained(
+            str(model), dtype=dtype or "auto", use_safetensors=True, output_loading_info=True
+        )
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
+        raise CheckpointError(f"{model} cannot be loaded: {' '.join(str(error).split())[:300]}") from error
+    finally:
+        logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()
+    missing = sorted(info.get("missing_keys", ())) + sorted(map(str, info.get("mismatched_keys", ())))
+    if missing:
+        raise CheckpointError(f"{model} lacks {len(missing)} weights of its own config, the first {missing[0]}")
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(str(model))
+    except (OSError, ValueError, KeyError, TypeError):
+        tokenizer = None
+    return loaded, tokenizer
+
+
+def _check_folder(folder: Path) -> None:
+    if not folder.is_dir():
+        raise CheckpointError(f"{folder} is a file; name the checkpoint's folder")
+    if not (folder / "config.json").is_file():
+        raise CheckpointError(f"{folder} has no config.json, so it is not a checkpoint folder")
+    if not any(folder.glob("*.safetensors")):
+        pickles = sorted(path.name for path in folder.iterdir() if path.suffix in (".bin", ".pt", ".pth", ".ckpt"))
+        if pickles:
+            raise CheckpointError(
+                f"{folder} holds only pickles ({pickles[0]}), which can run code; convert to safetensors"
+            )
+        raise CheckpointError(f"{folder} holds no .safetensors file")
