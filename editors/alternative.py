@@ -7,8 +7,8 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from editors.replay import continuation
 from memloc import progress
+from memloc.decoding import continuation
 from memloc.errors import InputError
 from memloc.passages import Passage, Passages
 from memloc.view import ModelView

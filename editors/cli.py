@@ -168,7 +168,7 @@ def _undo(arguments: argparse.Namespace, terminal: Terminal) -> None:
 
 def _print_written(written: Written, terminal: Terminal) -> None:
     rows = [["folder", str(written.folder)]]
-    rows += [[name, "rewritten for " + ", ".join(map(str, sites))] for name, sites in written.tensors.items()]
+    rows += [[name, "changed at " + ", ".join(map(str, sites))] for name, sites in written.tensors.items()]
     rows += [[name, "copied"] for name in written.copied] + [[name, "linked"] for name in written.linked]
     rows += [[name, f"left out: {why}"] for name, why in written.dropped.items()]
     terminal.table("checkpoint written", ["what", "how"], rows)

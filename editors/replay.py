@@ -14,23 +14,10 @@ import torch
 from torch import Tensor
 
 from memloc import progress
+from memloc.decoding import Continuation, continuation
 from memloc.errors import InputError
 from memloc.passages import Passages
 from memloc.view import ModelView
-
-
-@dataclass(frozen=True)
-class Continuation:
-    """What a model wrote.
-
-    Attributes:
-        ids: [n, t] the given tokens and what followed.
-        hidden: [n, t - 1, d] after the final norm, at every position but the last: what `view.unembed` turns into
-            the distribution the next token was drawn from.
-    """
-
-    ids: Tensor
-    hidden: Tensor
 
 
 @dataclass(frozen=True)
@@ -42,42 +29,6 @@ class Replay(Continuation):
     """
 
     filtered: int
-
-
-@torch.no_grad()
-def continuation(
-    view: ModelView, ids: Tensor, length: int, *, temperature: float = 0.0, generator: torch.Generator | None = None
-) -> Continuation:
-    """Let the model continue rows of equal length.
-
-    Args:
-        view: the model.
-        ids: [n, s] long.
-        length: how many tokens to add.
-        temperature: 0 is greedy (lowest id among equals).
-        generator: on the model's device; needed where the temperature is not 0.
-
-    Cost: one forward over s tokens, then one a token, with cached keys and values.
-    """
-    base: Any = getattr(view.model, view.model.base_model_prefix)
-    written, hidden, cache = [ids], [], None
-    for _ in range(length):
-        out = base(input_ids=written[-1], past_key_values=cache, use_cache=True)
-        cache = out.past_key_values
-        hidden.append(out.last_hidden_state)
-        logits = view.unembed(out.last_hidden_state[:, -1])
-        if temperature > 0:
-            written.append(_draw(logits / temperature, generator))
-        else:
-            written.append(logits.argmax(-1, keepdim=True))
-    return Continuation(torch.cat(written, 1), torch.cat(hidden, 1))
-
-
-def _draw(logits: Tensor, generator: torch.Generator | None) -> Tensor:
-    """One token a row, `[n, 1]`, by inverting the cumulative distribution: one random number a row, not one a token."""
-    total = logits.double().softmax(-1).cumsum(-1)
-    height = torch.rand(len(logits), 1, generator=generator, device=logits.device, dtype=torch.float64) * total[:, -1:]
-    return torch.searchsorted(total, height, right=True).clamp_(max=logits.shape[-1] - 1)
 
 
 def self_replay(

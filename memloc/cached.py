@@ -58,7 +58,10 @@ class Prefill:
             view.record(sites, side="output") as leaving,
             view.record_blocks(range(view.layers)) as residual,
         ):
-            found = view.model.base_model(input_ids=batch.ids, past_key_values=cache, use_cache=True)
+            everything = torch.ones_like(batch.ids)
+            found = view.model.base_model(
+                input_ids=batch.ids, attention_mask=everything, past_key_values=cache, use_cache=True
+            )
         return cls(
             view,
             batch,

@@ -463,16 +463,18 @@ def _texts(arguments: argparse.Namespace) -> tuple[Any, ...]:
     return text_rows(need_passages(arguments.passages, view, arguments), before=view, after=edited)
 
 
-def text_rows(passages: Passages, *, before: ModelView, after: ModelView) -> tuple[Any, ...]:
-    """What two models say after each prefix, token by token, for a report."""
+def text_rows(
+    passages: Passages, *, before: ModelView, after: ModelView, control: ModelView | None = None
+) -> tuple[Any, ...]:
+    """What two or three models say after each prefix, token by token, for a report."""
     from memloc.measures.continuation import continue_greedy
     from memloc.report import TextRow
 
-    old, new = continue_greedy(before, passages), continue_greedy(after, passages)
-    tokens = [[before.spell(item.prefix), before.spell(item.suffix)] for item in passages]
+    arms = [view for view in (before, after, control) if view is not None]
+    said = zip(*(continue_greedy(view, passages) for view in arms), strict=True)
     return tuple(
-        TextRow(item.id, prefix, truth, before.spell(was), before.spell(now))
-        for item, (prefix, truth), was, now in zip(passages, tokens, old, new, strict=True)
+        TextRow(item.id, before.spell(item.prefix), before.spell(item.suffix), *map(before.spell, rows))
+        for item, rows in zip(passages, said, strict=True)
     )
 
 

@@ -23,6 +23,9 @@ FEW = 0.001
 HASTY: dict[str, Any] = {"lr": 5e-3, "steps": 10}
 """Settings of the second trial: few and large steps."""
 
+MASKS = 5
+"""Random masks in the second trial."""
+
 
 @dataclass(frozen=True)
 class Material:

@@ -48,15 +48,16 @@ def page(view: ModelView, found: Found, out: Path, command: str) -> Report:
         _lost(gone),
         Condition(text="After: held-out perplexity rises by at most 3 %", group="held-out text", figure="perplexity",
                   at_most=0.03, relative=True),
-        _chosen_matter(few),
+        _chosen_matter(found),
         Condition(text="ROME: the new answer is given", group=name, figure="efficacy accuracy", at_least=0.95),
         Condition(text="ROME: also after other phrasings", group=name, figure="paraphrase accuracy", at_least=0.85),
         Condition(text="ROME: neighbours keep their answers", group=name, figure="neighbour accuracy", at_least=0.90),
         *found.shipped,
     ]  # fmt: skip
-    original = view.copy()
-    with gone.edit.apply(view):
-        texts = text_rows(data.targets, before=original, after=view)
+    edited, controlled = view.copy(), view.copy()
+    gone.edit.apply(edited)
+    gone.control.apply(controlled)
+    texts = text_rows(data.targets, before=view, after=edited, control=controlled)
     return Report(
         title=f"{len(data.targets)} passages unlearned and {len(data.facts)} facts edited in a lab model",
         model="lab",
@@ -117,13 +118,15 @@ def _lost(gone: Unlearned) -> Verdict:
                    f"{len(still)} of {len(was)} ({share:.0%}; aim 90 %); random control {len(beside)}")  # fmt: skip
 
 
-def _chosen_matter(few: Unlearned) -> Verdict:
+def _chosen_matter(found: Found) -> Verdict:
     """With hardly any weights, those chosen should forget the targets and as many random ones should not."""
-    name = few.groups[0].name
-    chosen, chance = (sum(bool(row["strict"]) for row in part[name].rows) for part in (few.after, few.random))
-    n = len(few.after[name].rows)
+    few = found.few
+    chosen = [bool(row["strict"]) for row in few.after[few.groups[0].name].rows]
+    chance = [bool(row["strict"]) for part in found.chance for row in part.rows]
     return Verdict(f"{FEW:.1%} of the weights: targets forgotten if chosen, at least half recited if random",
-                   chosen == 0 and 2 * chance >= n, f"chosen {chosen} of {n}, random {chance} of {n}")  # fmt: skip
+                   sum(chosen) == 0 and 2 * sum(chance) >= len(chance),
+                   f"chosen {sum(chosen)} of {len(chosen)}, random {sum(chance)} of {len(chance)} over "
+                   f"{len(found.chance)} random masks")  # fmt: skip
 
 
 def _summary(gone: Unlearned, data: Material) -> str:

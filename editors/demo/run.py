@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from editors.demo.material import FEW, HASTY, SHARE, few_groups, groups_of, material
+from editors.demo.material import FEW, HASTY, MASKS, SHARE, few_groups, groups_of, material
 from editors.demo.page import page
-from editors.demo.stages import Found, localize, rewrite, ship, unlearn
+from editors.demo.stages import Found, by_chance, localize, rewrite, ship, unlearn
 from editors.rewriters.rome import Rome
 from editors.rewriters.sparse_fine_tune import SparseFineTune
 from memloc.lab.build import build
@@ -39,6 +39,9 @@ def demo(out: Path, *, size: str, seed: int, terminal: Terminal) -> dict[str, An
     gone.edit.save(out / "unlearn.edit.safetensors")
     say(f"unlearning in {FEW:.1%} of the weights, then in as many at random")
     few = unlearn(view, data, few_groups(data), maps.weights.top(fraction=FEW), SparseFineTune(**HASTY), seed)
+    seeds = range(seed + 1, seed + MASKS)
+    more = by_chance(view, data, few.groups[0], few.selection, SparseFineTune(**HASTY), seeds)
+    chance = (few.random[few.groups[0].name], *more)
     say(f"editing {len(data.facts)} facts one by one")
     changed = rewrite(view, data, Rome(), seed)
     changed.edit.save(out / "fact.edit.safetensors")
@@ -47,7 +50,7 @@ def demo(out: Path, *, size: str, seed: int, terminal: Terminal) -> dict[str, An
         *ship(gone.edit, lab, out / "unlearned", gone.groups[0], gone.after),
         *ship(changed.edit, lab, out / "edited"),
     )
-    found = Found(data, Extraction()(view, data.planted), maps, gone, few, changed, shipped)
+    found = Found(data, Extraction()(view, data.planted), maps, gone, few, chance, changed, shipped)
     report = page(view, found, out, f"memloc demo --out {out.name} --size {size} --seed {seed}")
     written = report.save(out)
     for path in written:

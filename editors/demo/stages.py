@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -84,6 +84,7 @@ class Found:
     maps: Mapped
     gone: Unlearned
     few: Unlearned
+    chance: tuple[Measurement, ...]
     changed: Rewritten
     shipped: tuple[Verdict, ...]
 
@@ -117,6 +118,18 @@ def unlearn(
     control = editor(view, replace(request, selection=selection.random_like(seed)))
     beside = _under(control, view, lambda: measure_groups(view, groups))
     return Unlearned(groups, edit, control, selection, before, after, beside)
+
+
+def by_chance(
+    view: ModelView, data: Material, group: Group, selection: Selection, editor: SparseFineTune, seeds: Sequence[int]
+) -> tuple[Measurement, ...]:
+    """The same edit in as many random weights, once a seed, measured on one group: one mask may be lucky."""
+    request = Request(forget=data.targets, retain=data.named, text=data.kept_text)
+    found = []
+    for seed in steps(seeds, "random masks"):
+        edit = editor(view, replace(request, selection=selection.random_like(seed), seed=seed))
+        found.append(_under(edit, view, lambda: group.measure(view, group.items)))
+    return tuple(found)
 
 
 def rewrite(view: ModelView, data: Material, editor: Rome, seed: int) -> Rewritten:

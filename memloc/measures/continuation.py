@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 
 import torch
 
+from memloc.decoding import continuation
 from memloc.errors import InputError
 from memloc.passages import Passages
 from memloc.progress import steps
@@ -42,7 +43,8 @@ def continue_greedy(
     found: dict[int, tuple[int, ...]] = {}
     for rows in steps(list(_groups(passages, wanted, batch_size)), "continuations"):
         ids = [passages[row].prefix for row in rows]
-        said = _decode(view, ids, max(wanted[row] for row in rows))
+        start = torch.tensor(ids, device=view.device)
+        said = continuation(view, start, max(wanted[row] for row in rows)).ids[:, start.shape[1] :].tolist()
         found.update({row: tuple(line[: wanted[row]]) for row, line in zip(rows, said, strict=True)})
     return tuple(found[row] for row in range(len(passages)))
 
@@ -54,17 +56,3 @@ def _groups(passages: Passages, wanted: Sequence[int], size: int) -> Iterator[li
     for rows in by_length.values():
         rows.sort(key=lambda row: -wanted[row])
         yield from (rows[start : start + size] for start in range(0, len(rows), size))
-
-
-@torch.no_grad()
-def _decode(view: ModelView, prefixes: Sequence[tuple[int, ...]], count: int) -> list[list[int]]:
-    feed, cache, said = torch.tensor(prefixes, device=view.device), None, []
-    everything = torch.ones(len(prefixes), feed.shape[1] + count, dtype=torch.long, device=view.device)
-    for done in range(count):
-        seen = everything[:, : len(prefixes[0]) + done]
-        output = view.model(
-            input_ids=feed, attention_mask=seen, past_key_values=cache, use_cache=True, logits_to_keep=1
-        )
-        cache, feed = output.past_key_values, output.logits[:, -1].argmax(-1, keepdim=True)
-        said.append(feed)
-    return torch.cat(said, 1).tolist()

@@ -11,6 +11,8 @@ gradient of the targets' loss; the random control has as many weights at every s
 Arms:
     full        a fifth of the weights, default settings
     no-replay   the same without the model's own samples
+    text-only   the first, but no memorized passage is named as retained: only text and the model's own samples
+    text-only-no-replay   and without these either
     sparse      a thousandth of the weights, few and large steps
 """
 
@@ -39,8 +41,13 @@ TARGETS = 5
 ARMS: dict[str, tuple[float, dict[str, Any]]] = {
     "full": (0.2, {}),
     "no-replay": (0.2, {"replay": 0}),
+    "text-only": (0.2, {}),
+    "text-only-no-replay": (0.2, {"replay": 0}),
     "sparse": (0.001, {"lr": 5e-3, "steps": 10}),
 }
+UNCONTROLLED = ("no-replay", "text-only", "text-only-no-replay")
+"""Arms that ask about the keep term, not about the choice of weights: no random mask beside them."""
+
 COLUMNS = (
     "targets",
     "retained",
@@ -103,7 +110,8 @@ def run_arm(lab: Lab, arm: str, seed: int, *, control: bool) -> dict[str, Any]:
     selection = WeightGradient(grain="weight")(lab.view, lab.targets).top(fraction=fraction)
     if control:
         selection = selection.random_like(seed + 1)
-    request = Request(forget=lab.targets, retain=lab.retained, text=lab.text, selection=selection, seed=seed)
+    retain = None if arm.startswith("text-only") else lab.retained
+    request = Request(forget=lab.targets, retain=retain, text=lab.text, selection=selection, seed=seed)
     edit = SparseFineTune(**settings)(lab.view, request)
     seconds = time.process_time() - start
     with edit.apply(lab.view):
@@ -162,7 +170,7 @@ def main() -> int:
         print(f"\n{folder.name}\n| | {' | '.join(COLUMNS)} |\n|{'---|' * (len(COLUMNS) + 1)}")
         print(f"| before | {' | '.join(row(before, before))} |", flush=True)
         for arm in given.arms.split(","):
-            for control in (False, True) if arm != "no-replay" else (False,):
+            for control in (False,) if arm in UNCONTROLLED else (False, True):
                 name = f"{arm} random" if control else arm
                 found[name] = run_arm(lab, arm, given.seed, control=control)
                 print(f"| {name} | {' | '.join(row(found[name], before))} |", flush=True)

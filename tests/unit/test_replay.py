@@ -7,8 +7,9 @@ from torch.testing import assert_close
 
 from editors.alternative import own_alternative
 from editors.keep import Keep, Source
-from editors.replay import _grams, continuation, recites, self_replay, token_pool
+from editors.replay import _grams, recites, self_replay, token_pool
 from memloc.batches import pad
+from memloc.decoding import continuation
 from memloc.errors import InputError
 from memloc.passages import Passage, Passages
 from memloc.view import ModelView
