@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,27 +24,21 @@ def load(model: str | Path, dtype: torch.dtype | None = None) -> tuple[nn.Module
         ModelError: the family has no row.
     """
     from safetensors import SafetensorError
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, logging
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
     folder = Path(model)
     if folder.exists():
         _check_folder(folder)
     elif str(model).startswith((".", "/", "~")) or str(model).count("/") > 1:
         raise CheckpointError(f"{model}: no such folder")
-    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
     try:
-        row_for(AutoConfig.from_pretrained(str(model)))
-        loaded, info = AutoModelForCausalLM.from_pretrained(
-            str(model), dtype=dtype or "auto", use_safetensors=True, output_loading_info=True
-        )
+        with quiet():
+            row_for(AutoConfig.from_pretrained(str(model)))
+            loaded, info = AutoModelForCausalLM.from_pretrained(
+                str(model), dtype=dtype or "auto", use_safetensors=True, output_loading_info=True
+            )
     except (OSError, ValueError, KeyError, SafetensorError) as error:
         raise CheckpointError(f"{model} cannot be loaded: {' '.join(str(error).split())[:300]}") from error
-    finally:
-        logging.set_verbosity(level)
-        if bars:
-            logging.enable_progress_bar()
     missing = sorted(info.get("missing_keys", ())) + sorted(map(str, info.get("mismatched_keys", ())))
     if missing:
         raise CheckpointError(f"{model} lacks {len(missing)} weights of its own config, the first {missing[0]}")
@@ -51,6 +47,22 @@ def load(model: str | Path, dtype: torch.dtype | None = None) -> tuple[nn.Module
     except (OSError, ValueError, KeyError, TypeError):
         tokenizer = None
     return loaded, tokenizer
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Without transformers' warnings and bars inside the block; as they were afterwards."""
+    from transformers import logging
+
+    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()
 
 
 def _check_folder(folder: Path) -> None:

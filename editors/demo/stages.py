@@ -19,6 +19,7 @@ from editors.edit import Edit
 from editors.rewriters.rome import Rome
 from editors.rewriters.sparse_fine_tune import SparseFineTune
 from editors.trial import Group, Measured, measure_groups
+from memloc.loading import quiet
 from memloc.localizers.integrated_gradients import IntegratedGradients
 from memloc.localizers.weight_gradient import WeightGradient
 from memloc.measurement import Measurement
@@ -167,7 +168,8 @@ def ship(
     if (folder / "memloc_edit.json").is_file():
         shutil.rmtree(folder)
     apply_edit(edit, lab, folder)
-    plain = AutoModelForCausalLM.from_pretrained(folder)
+    with quiet():
+        plain = AutoModelForCausalLM.from_pretrained(folder)
     view = ModelView.open(lab)
     with edit.apply(view):
         ids = torch.arange(1, 9)[None]
