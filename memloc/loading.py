@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -38,7 +39,8 @@ def load(model: str | Path, dtype: torch.dtype | None = None) -> tuple[nn.Module
                 str(model), dtype=dtype or "auto", use_safetensors=True, output_loading_info=True
             )
     except (OSError, ValueError, KeyError, SafetensorError) as error:
-        raise CheckpointError(f"{model} cannot be loaded: {' '.join(str(error).split())[:300]}") from error
+        where = f"{model}" if folder.exists() else f"{model}: no such folder, and from the hub it"
+        raise CheckpointError(f"{where} cannot be loaded: {' '.join(str(error).split())[:300]}") from error
     missing = sorted(info.get("missing_keys", ())) + sorted(map(str, info.get("mismatched_keys", ())))
     if missing:
         raise CheckpointError(f"{model} lacks {len(missing)} weights of its own config, the first {missing[0]}")
@@ -51,18 +53,22 @@ def load(model: str | Path, dtype: torch.dtype | None = None) -> tuple[nn.Module
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Without transformers' warnings and bars inside the block; as they were afterwards."""
-    from transformers import logging
+    """Without transformers' and the hub's warnings and bars inside the block; as they were afterwards."""
+    from transformers.utils import logging as transformers_logging
 
-    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
+    hub = logging.getLogger("huggingface_hub")
+    level, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
+    hub_level = hub.level
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    hub.setLevel(logging.ERROR)
     try:
         yield
     finally:
-        logging.set_verbosity(level)
+        hub.setLevel(hub_level)
+        transformers_logging.set_verbosity(level)
         if bars:
-            logging.enable_progress_bar()
+            transformers_logging.enable_progress_bar()
 
 
 def _check_folder(folder: Path) -> None:

@@ -129,6 +129,7 @@ def fails(command, *words, says):
         (["measure", "extraction"], "--model"),
         (["edit", "rome", "--model", "x", "--out", "y", "--steps", "many"], "--steps"),
         (["check", "./no/such/folder"], "no such folder"),
+        (["check", "my-modle"], "my-modle: no such folder, and from the hub it cannot be loaded"),
         (["show", "nothing.safetensors"], "no such file"),
         (["apply", "nothing.safetensors", "--model", "x", "--out", "y"], "no such file"),
     ],
