@@ -20,8 +20,8 @@ SHARE = 0.2
 FEW = 0.001
 """And in the second trial, where only so many that it matters which."""
 
-HASTY: dict[str, Any] = {"lr": 5e-3, "steps": 10}
-"""Settings of the second trial: few and large steps."""
+HASTY: dict[str, Any] = {"lr": 5e-3, "steps": 10, "replay": 400}
+"""Settings of the second trial: large steps, at most ten, and no more samples than those can draw."""
 
 MASKS = 5
 """Random masks in the second trial."""
@@ -101,7 +101,10 @@ def few_groups(data: Material) -> tuple[Group, ...]:
     return tuple(
         replace(found[name], name=f"{name}, {FEW:.1%} of the weights", controls=None, explanation=text)
         for name, text in (
-            ("targets", "The same targets, but hardly any weights may move and for ten steps only."),
+            (
+                "targets",
+                "The same targets; hardly any weights may move, and for as few steps as the chosen need.",
+            ),
             ("passages named in no set", "What that costs other memories."),
         )
     )

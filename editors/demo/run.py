@@ -7,7 +7,7 @@ from typing import Any
 
 from editors.demo.material import FEW, HASTY, MASKS, SHARE, few_groups, groups_of, material
 from editors.demo.page import page
-from editors.demo.stages import Found, by_chance, localize, rewrite, ship, unlearn
+from editors.demo.stages import Found, by_chance, fewest_steps, localize, rewrite, ship, unlearn
 from editors.rewriters.rome import Rome
 from editors.rewriters.sparse_fine_tune import SparseFineTune
 from memloc.lab.build import build
@@ -38,9 +38,11 @@ def demo(out: Path, *, size: str, seed: int, terminal: Terminal) -> dict[str, An
     gone = unlearn(view, data, groups_of(data), maps.weights.top(fraction=SHARE), SparseFineTune(), seed)
     gone.edit.save(out / "unlearn.edit.safetensors")
     say(f"unlearning in {FEW:.1%} of the weights, then in as many at random")
-    few = unlearn(view, data, few_groups(data), maps.weights.top(fraction=FEW), SparseFineTune(**HASTY), seed)
+    chosen, groups = maps.weights.top(fraction=FEW), few_groups(data)
+    hasty = fewest_steps(view, data, groups[0], chosen, SparseFineTune(**HASTY), seed)
+    few = unlearn(view, data, groups, chosen, hasty, seed)
     seeds = range(seed + 1, seed + MASKS)
-    more = by_chance(view, data, few.groups[0], few.selection, SparseFineTune(**HASTY), seeds)
+    more = by_chance(view, data, few.groups[0], few.selection, hasty, seeds)
     chance = (few.random[few.groups[0].name], *more)
     say(f"editing {len(data.facts)} facts one by one")
     changed = rewrite(view, data, Rome(), seed)

@@ -121,6 +121,22 @@ def unlearn(
     return Unlearned(groups, edit, control, selection, before, after, beside)
 
 
+def fewest_steps(
+    view: ModelView, data: Material, group: Group, selection: Selection, editor: SparseFineTune, seed: int
+) -> SparseFineTune:
+    """`editor` with the fewest steps after which none of `group` is recited under `selection`, at most its own.
+
+    Only the chosen weights are asked, so that their random controls then run for as many steps and no more.
+    """
+    request = Request(forget=data.targets, retain=data.named, text=data.kept_text, selection=selection, seed=seed)
+    for count in range(1, editor.steps):
+        shorter = replace(editor, steps=count)
+        edit = shorter(view, request)
+        if not _under(edit, view, lambda: group.measure(view, group.items))["strict rate"]:
+            return shorter
+    return editor
+
+
 def by_chance(
     view: ModelView, data: Material, group: Group, selection: Selection, editor: SparseFineTune, seeds: Sequence[int]
 ) -> tuple[Measurement, ...]:
