@@ -25,7 +25,7 @@ def demo(out: Path, *, size: str, seed: int, terminal: Terminal) -> dict[str, An
     Returns:
         The verdicts and the paths, JSON values.
 
-    Cost: about five minutes on two cores for the size "demo", under a minute for "tiny".
+    Cost: about four minutes on two cores for the size "demo", under a minute for "tiny".
     """
     lab = build(preset(size, seed=seed), out / "lab", log=terminal.note)
     view = ModelView.open(lab)
