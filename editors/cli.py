@@ -114,14 +114,12 @@ def _selection(arguments: argparse.Namespace, view: ModelView) -> Selection | No
 
 
 def _make(arguments: argparse.Namespace, view: ModelView, request: Request, path: Path, terminal: Terminal) -> Any:
-    from editors.trial import told
-
     edit: Edit = arguments.method(view, request)
     if arguments.rounding != edit.rounding:
         edit = replace(edit, rounding=arguments.rounding, rounding_seed=arguments.seed).rebased(view)
     edit.save(path)
     print_edit(edit, path, terminal)
-    return {"file": str(path), "bytes": path.stat().st_size, **told(edit)}
+    return {"file": str(path), "bytes": path.stat().st_size, **edit.summary()}
 
 
 def print_edit(edit: Edit, path: Path, terminal: Terminal) -> None:
@@ -172,16 +170,7 @@ def _print_written(written: Written, terminal: Terminal) -> None:
     rows += [[name, "copied"] for name in written.copied] + [[name, "linked"] for name in written.linked]
     rows += [[name, f"left out: {why}"] for name, why in written.dropped.items()]
     terminal.table("checkpoint written", ["what", "how"], rows)
-    terminal.result(
-        {
-            "folder": str(written.folder),
-            "tensors": {name: [str(site) for site in sites] for name, sites in written.tensors.items()},
-            "survived": {str(site): left.to_json() for site, left in written.survived.items()},
-            "copied": list(written.copied),
-            "linked": list(written.linked),
-            "dropped": dict(written.dropped),
-        }
-    )
+    terminal.result(written.to_json())
 
 
 def _demo_flags(parser: argparse.ArgumentParser) -> None:

@@ -157,26 +157,16 @@ class Edit:
         return digest_json({"sites": content, "rounding": self.rounding, "seed": self.rounding_seed})
 
     def summary(self) -> dict[str, Any]:
-        """What it is, as JSON values: one entry a site with form, norm and what survived."""
-        sites = {}
-        for site, norm in self.norms.items():
-            survived = self.touched[site].survived
-            sites[str(site)] = {
-                "form": type(self.deltas[site]).__name__,
-                "shape": list(self.deltas[site].shape),
-                "norm": norm,
-                "survived": None if survived is None else {**survived.to_json(), "share": survived.share},
-            }
-        return {
-            "method": self.provenance.method,
-            "digest": self.digest,
-            "entries": self.count,
-            "share": self.share,
-            "rounding": self.rounding,
-            "reversible": self.reversible,
-            "sites": sites,
-            "notes": dict(self.notes),
+        """What it is, as JSON values; an entry a site with its norm and what survived the cast."""
+        sites = {
+            str(site): {"norm": norm, **(left.to_json() if (left := self.survived.get(site)) else {})}
+            for site, norm in self.norms.items()
         }
+        return {
+            "digest": self.digest, "entries": self.count, "share": self.share, "reversible": self.reversible,
+            "rounding": self.rounding, "sites": sites, "notes": dict(self.notes),
+            "provenance": self.provenance.to_json(),
+        }  # fmt: skip
 
     # -- into weights and back ----------------------------------------------------------------------------------
 

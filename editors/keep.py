@@ -10,6 +10,7 @@ from torch import Tensor
 
 from memloc.batches import Batch, pad
 from memloc.errors import InputError
+from memloc.objectives import divergence
 from memloc.view import ModelView
 
 
@@ -74,11 +75,9 @@ class Keep:
                 if known is not None:
                     hidden.append(known)
         batch = _batch(view, rows)
-        row, column, _, _ = batch.suffix_index()
-        spoken = view.logits_at(batch, row, column).log_softmax(-1)
         with torch.no_grad():
             wanted = view.unembed(torch.cat(hidden)).log_softmax(-1)
-        return torch.nn.functional.kl_div(spoken, wanted, log_target=True, reduction="batchmean")
+        return divergence(view, batch, wanted)
 
 
 def _batch(view: ModelView, rows: Sequence[tuple[int, ...]]) -> Batch:

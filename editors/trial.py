@@ -6,7 +6,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from editors.edit import Edit
 from memloc.measurement import Measurement
 from memloc.measures.control import compared
 from memloc.passages import Passages
@@ -71,15 +70,3 @@ def comparisons(
         )
         for group in groups
     )
-
-
-def told(edit: Edit) -> dict[str, Any]:
-    """What an edit is, as JSON values."""
-    sites = {
-        str(site): {"norm": norm, **(left.to_json() if (left := edit.survived.get(site)) else {})}
-        for site, norm in edit.norms.items()
-    }
-    return {
-        "digest": edit.digest, "entries": edit.count, "share": edit.share, "reversible": edit.reversible,
-        "rounding": edit.rounding, "sites": sites, "notes": dict(edit.notes), "provenance": edit.provenance.to_json(),
-    }  # fmt: skip

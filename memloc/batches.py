@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from memloc.passages import Passages, Prompt
+from memloc.passages import Passages
 
 
 @dataclass(frozen=True)
@@ -82,8 +82,3 @@ def pad(
     heads = length if prefix is None else torch.tensor(list(prefix))
     names = tuple(range(len(ids))) if rows is None else tuple(rows)
     return Batch(table.to(device), length.to(device), heads.to(device), names)
-
-
-def pad_prompts(prompts: Sequence[Prompt], device: torch.device | str | None = None) -> Batch:
-    """Prompts as one batch, each row all prefix; `length - 1` is where the answer is predicted."""
-    return pad([prompt.ids for prompt in prompts], device=device)

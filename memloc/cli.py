@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import argparse
+import inspect
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -267,10 +268,7 @@ def _measure(arguments: argparse.Namespace, terminal: Terminal) -> None:
     from memloc.measures.control import with_controls
 
     view = open_view(arguments)
-    controls = read_passages(arguments.controls, view, arguments)
-    items: Any = read_facts(arguments.facts, view) or read_text(arguments.text, view)
-    if items is None:
-        items = need_passages(arguments.passages, view, arguments)
+    items, controls = _measured_data(arguments, view)
     measured: Measurement = (
         arguments.method(view, items) if controls is None else with_controls(arguments.method, view, items, controls)
     )
@@ -278,6 +276,20 @@ def _measure(arguments: argparse.Namespace, terminal: Terminal) -> None:
         measured.save(arguments.out)
     print_measurement(measured, terminal)
     terminal.result(measured.to_json())
+
+
+def _measured_data(arguments: argparse.Namespace, view: ModelView) -> tuple[Any, Passages | None]:
+    """What the measure asks about, and its controls; a measure says by its second parameter whether it takes facts."""
+    wants_facts = "facts" in inspect.signature(arguments.method.__call__).parameters
+    name = type(arguments.method).__name__
+    if wants_facts:
+        if arguments.facts is None or arguments.passages or arguments.text or arguments.controls:
+            raise InputError(f"{name} is measured on --facts FILE, and on no passages, text or controls")
+        return read_facts(arguments.facts, view), None
+    if arguments.facts is not None:
+        raise InputError(f"{name} is measured on --passages or --text, not on --facts")
+    items = read_text(arguments.text, view) or need_passages(arguments.passages, view, arguments)
+    return items, read_passages(arguments.controls, view, arguments)
 
 
 def print_measurement(measured: Measurement, terminal: Terminal) -> None:

@@ -9,7 +9,7 @@ import torch
 from editors.demo.material import FEW, SHARE, Material
 from editors.demo.stages import Found, Mapped, Unlearned
 from editors.edit import Edit
-from editors.trial import Group, comparisons, told
+from editors.trial import Group, comparisons
 from memloc.cli import text_rows
 from memloc.measures.facts import FactRecall
 from memloc.report import Condition, EditSummary, Located, Note, Report, Verdict, dose_curve
@@ -143,7 +143,7 @@ def _summary(gone: Unlearned, data: Material) -> str:
 
 
 def _summary_of(name: str, edit: Edit, path: Path | None) -> EditSummary:
-    header = told(edit)
+    header = edit.summary()
     size = None if path is None else path.stat().st_size
     return EditSummary(name=name, sites=header.pop("sites"), header=header, bytes=size)
 

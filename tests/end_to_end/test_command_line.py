@@ -163,6 +163,20 @@ def test_a_fact_without_its_subject_is_one_line(tiny_lab, command, tmp_path):
     fails(command, *words, says="line 1: subject 'Boris' is not in")
 
 
+@pytest.mark.parametrize(
+    "words, says",
+    [
+        (["facts", "--passages", "passages.jsonl"], "FactRecall is measured on --facts"),
+        (["facts", "--facts", "facts.jsonl", "--controls", "controls.jsonl"], "FactRecall is measured on --facts"),
+        (["extraction", "--facts", "facts.jsonl"], "Extraction is measured on --passages"),
+        (["perplexity"], "--passages FILE is needed"),
+    ],
+)
+def test_data_of_another_kind_is_one_line(tiny_lab, command, words, says):
+    words = [tiny_lab / word if word.endswith(".jsonl") else word for word in words]
+    fails(command, "measure", *words, "--model", tiny_lab, says=says)
+
+
 def test_a_filter_that_matches_nothing_is_one_line(tiny_lab, command):
     fails(command, "measure", "extraction", "--model", tiny_lab, "--passages", f"{tiny_lab}/passages.jsonl#dose=77",
           says="no record matches")  # fmt: skip

@@ -33,6 +33,17 @@ def test_a_neuron_is_its_column(view):
     assert int(masks[site].sum()) == 2 * view.width
 
 
+def shifted(view, masks, shift):
+    """A copy of the model with `shift(entries)` added to each site's masked weights."""
+    changed = view.copy()
+    with torch.no_grad():
+        for place, mask in masks.items():
+            weight = changed.weight(place).clone()
+            weight[mask] += shift(int(mask.sum()))
+            changed.place(place).write(changed.parameter(place), weight)
+    return changed
+
+
 @pytest.mark.parametrize("family", zoo.FAMILIES)
 def test_a_whole_neuron_is_exactly_what_can_change_its_activation_or_its_say(family):
     """Noise on a unit's mask changes its own activation and no other; noise off it leaves that activation alone."""
@@ -42,12 +53,7 @@ def test_a_whole_neuron_is_exactly_what_can_change_its_activation_or_its_say(fam
     batch = next(view.batches(zoo.passages(ragged=False)))
     with view.record([site]) as before:
         view.hidden(batch)
-    changed = view.copy()
-    with torch.no_grad():
-        for place, mask in masks.items():
-            weight = changed.weight(place).clone()
-            weight[mask] += 0.5
-            changed.place(place).write(changed.parameter(place), weight)
+    changed = shifted(view, masks, lambda count: 0.5 * torch.ones(count))
     with changed.record([site]) as after:
         changed.hidden(batch)
     moved = (before[site] - after[site]).abs().amax((0, 1)) > 1e-6
@@ -63,12 +69,8 @@ def test_a_whole_head_moves_its_own_output_only(family):
     batch = next(view.batches(zoo.passages(ragged=False)))
     with view.record([site]) as before:
         view.hidden(batch)
-    changed = view.copy()
-    with torch.no_grad():
-        for place, mask in masks.items():
-            weight = changed.weight(place).clone()
-            weight[mask] += 0.5 * torch.randn(int(mask.sum()), generator=torch.Generator().manual_seed(1))
-            changed.place(place).write(changed.parameter(place), weight)
+    noise = torch.Generator()
+    changed = shifted(view, masks, lambda count: 0.5 * torch.randn(count, generator=noise.manual_seed(1)))
     with changed.record([site]) as after:
         changed.hidden(batch)
     gap = (before[site] - after[site]).abs().amax((0, 1)).view(view.heads, view.head_width)
