@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 from editors.methods import EDITORS
 from memloc import cli as looking
-from memloc.cli import Verb, common, out
+from memloc import command
+from memloc.command import Verb, common, out
 from memloc.errors import InputError, MemlocError
 from memloc.methods import LOCALIZERS, MEASURES
 from memloc.terminal import Terminal, complain
@@ -37,7 +38,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     try:
-        looking.run("memloc", ABOUT, verbs(), sys.argv[1:] if argv is None else list(argv))
+        command.run("memloc", ABOUT, verbs(), sys.argv[1:] if argv is None else list(argv))
     except MemlocError as error:
         complain(f"memloc: {error}")
         return 2
@@ -79,12 +80,12 @@ def _edit_flags(parser: argparse.ArgumentParser) -> None:
 def _edit(arguments: argparse.Namespace, terminal: Terminal) -> None:
     from editors.base import Request
 
-    view = looking.open_view(arguments)
+    view = command.open_view(arguments)
     request = Request(
-        forget=looking.read_passages(arguments.passages, view, arguments),
-        retain=looking.read_passages(arguments.retain, view, arguments),
-        text=looking.read_text(arguments.text, view),
-        facts=looking.read_facts(arguments.facts, view),
+        forget=command.read_passages(arguments.passages, view, arguments),
+        retain=command.read_passages(arguments.retain, view, arguments),
+        text=command.read_text(arguments.text, view),
+        facts=command.read_facts(arguments.facts, view),
         selection=_selection(arguments, view),
         seed=arguments.seed,
     )

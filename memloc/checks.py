@@ -16,6 +16,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from memloc.costs import Cost, counted
 from memloc.passages import Passage, Passages
 from memloc.provenance import digest_tensor, settings_of
 from memloc.scores import Localization
@@ -32,6 +33,10 @@ class Localizer(Protocol):
 
     def __call__(self, view: ModelView, passages: Passages, *, contrast: Passages | None = None) -> Localization:
         """Score places; larger is more responsible."""
+        ...
+
+    def cost(self, view: ModelView, passages: Passages, *, contrast: Passages | None = None) -> Cost:
+        """What a call with the same arguments takes, told without running the model."""
         ...
 
 
@@ -141,6 +146,20 @@ def says_where_it_comes_from(localizer: Any, view: ModelView, passages: Passages
     _require(made.inputs.get("passages") == passages.digest, "provenance has no digest of the passages, or of others")
 
 
+def costs_what_it_says(localizer: Any, view: ModelView, passages: Passages, contrast: Passages | None) -> None:
+    """What `cost` foretells is what a run takes, within the bound it names; memory stays within the plan."""
+    if not hasattr(localizer, "cost"):
+        return
+    said: Cost = localizer.cost(view, passages, contrast=contrast)
+    with counted(view) as spent:
+        localizer(view, passages, contrast=contrast)
+    for way in ("forward", "backward"):
+        foretold, taken = getattr(said, way), getattr(spent, way)
+        fits = {"exact": taken == foretold, "at most": taken <= foretold, "at least": taken >= foretold}[said.bound]
+        _require(fits, f"{way}: {said.bound} {foretold} block-tokens foretold, {taken} run")
+    _require(spent.bytes <= said.bytes, f"{said.bytes} bytes of working memory foretold, {spent.bytes} taken")
+
+
 CHECKS: tuple[Callable[[Any, ModelView, Passages, Passages | None], None], ...] = (
     leaves_the_model_alone,
     says_the_same_twice,
@@ -150,6 +169,7 @@ CHECKS: tuple[Callable[[Any, ModelView, Passages, Passages | None], None], ...] 
     scores_real_places,
     survives_the_disk,
     says_where_it_comes_from,
+    costs_what_it_says,
 )
 """The battery, in order."""
 

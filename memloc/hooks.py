@@ -6,7 +6,7 @@ Both are context managers: hooks are gone when the block ends, however it ends.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
 
@@ -89,6 +89,36 @@ def record_calls(modules: Mapping[K, nn.Module]) -> Iterator[dict[K, Call]]:
                 seen[key] = Call(args[1:], rest)
 
             stack.callback(module.register_forward_pre_hook(hook, with_kwargs=True).remove)
+        yield seen
+
+
+@dataclass
+class Traffic:
+    """Tokens that went through modules, forward and backward, all modules together."""
+
+    forward: int = 0
+    backward: int = 0
+
+
+@contextlib.contextmanager
+def count_tokens(modules: Iterable[nn.Module]) -> Iterator[Traffic]:
+    """Counts what goes through `modules`: forward when one is called, backward when a gradient reaches its output."""
+    seen = Traffic()
+
+    def hook(_: nn.Module, __: Any, output: Any) -> None:
+        tensor = first(output)
+        tokens = tensor.shape[:-1].numel()
+        seen.forward += tokens
+        if tensor.requires_grad:
+
+            def back(_: Tensor) -> None:
+                seen.backward += tokens
+
+            tensor.register_hook(back)  # type: ignore[no-untyped-call]
+
+    with contextlib.ExitStack() as stack:
+        for module in modules:
+            stack.callback(module.register_forward_hook(hook).remove)
         yield seen
 
 

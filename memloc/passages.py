@@ -266,13 +266,23 @@ class Facts(Sequence[Fact]):
         """Those for which `keep` holds."""
         return Facts(tuple(item for item in self.items if keep(item)), self.origin)
 
-    def as_passages(self, which: str = "true") -> Passages:
-        """Prompts as prefixes with the present ("true") or the wanted ("new") answer as suffix."""
+    def as_passages(self, which: str = "true", *, paraphrases: bool = False) -> Passages:
+        """Prompts as prefixes with the present ("true") or the wanted ("new") answer as suffix.
+
+        A passage keeps its fact's tags, and says in two more which fact it asks about ("fact") and where in its prefix
+        the subject stands ("subject": [start, end), or None). With `paraphrases`, each fact's other phrasings follow
+        its own prompt as passages of their own, called ID/1, ID/2, …
+        """
         if which not in ("true", "new"):
             raise InputError(f"which={which!r}: expected 'true' or 'new'")
-        answers = [(item, item.target_true if which == "true" else item.target) for item in self.items]
-        items = tuple(Passage(item.id, item.prompt.ids, answer, item.tags) for item, answer in answers)
-        return Passages(items, self.origin)
+        items = []
+        for item in self.items:
+            prompts = (item.prompt, *item.paraphrases) if paraphrases else (item.prompt,)
+            answer = item.target_true if which == "true" else item.target
+            for index, prompt in enumerate(prompts):
+                tags = {**item.tags, "fact": item.id, "subject": prompt.subject and list(prompt.subject)}
+                items.append(Passage(f"{item.id}/{index}" if index else item.id, prompt.ids, answer, tags))
+        return Passages(tuple(items), self.origin)
 
     @classmethod
     def read(cls, path: str | Path, tokenizer: Any) -> Facts:

@@ -2,7 +2,8 @@
 
 Larger means more responsible, in every method. Scores are float32 on the CPU, one tensor a site; their shape follows
 from the grain: layer, component and position-free sums are `[]`, head `[h]`, neuron `[f]`, weight `[out, in]`, position
-`[t]`, direction `[r]`. Neurons live at `mlp.out` (its input), heads at `attn.out` (its input).
+`[t]` (a token's index in its passage, prefix and suffix), direction `[r]`. Neurons live at `mlp.out` (its input), heads
+at `attn.out` (its input).
 """
 
 from __future__ import annotations
@@ -32,9 +33,10 @@ class Localization:
         provenance: method, settings, seed, digests of model and data.
         passages: ids of the leading axis, or None where scores are already one for all passages.
         notes: numbers the method reports beside its scores (a completeness gap, an objective), JSON values.
+        lengths: tokens of each passage, where scores are of positions: beyond them scores are 0 and mean nothing.
 
     Raises:
-        InputError: a score is not finite (the site is named), or the leading axis has another length.
+        InputError: a score is not finite (the site is named), or the leading axis or `lengths` has another length.
     """
 
     grain: Grain
@@ -42,6 +44,7 @@ class Localization:
     provenance: Provenance
     passages: tuple[str, ...] | None = None
     notes: Mapping[str, Any] = field(default_factory=dict)
+    lengths: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "scores", {s: t.detach().to("cpu", torch.float32) for s, t in self.scores.items()})
@@ -50,6 +53,8 @@ class Localization:
                 raise InputError(f"{self.provenance.method}: {site} has scores that are not finite")
             if self.passages is not None and scores.shape[:1] != (len(self.passages),):
                 raise InputError(f"{site}: scores {list(scores.shape)}, expected {len(self.passages)} passages first")
+        if self.lengths is not None and len(self.lengths) != len(self.passages or ()):
+            raise InputError(f"{len(self.lengths)} lengths for {len(self.passages or ())} passages")
 
     @property
     def count(self) -> int:
@@ -60,7 +65,8 @@ class Localization:
         """One score a place: the mean over passages where there is an axis of them."""
         if self.passages is None:
             return self
-        return replace(self, scores={site: scores.mean(0) for site, scores in self.scores.items()}, passages=None)
+        scores = {site: scores.mean(0) for site, scores in self.scores.items()}
+        return replace(self, scores=scores, passages=None, lengths=None)
 
     def of(self, passage: str) -> Localization:
         """The scores of one passage.
@@ -71,7 +77,9 @@ class Localization:
         if self.passages is None or passage not in self.passages:
             raise InputError(f"no scores of passage {passage!r}; this localization holds {self.passages or 'one mean'}")
         row = self.passages.index(passage)
-        return replace(self, scores={site: scores[row] for site, scores in self.scores.items()}, passages=None)
+        end = None if self.lengths is None else self.lengths[row]
+        scores = {site: scores[row] if end is None else scores[row, :end] for site, scores in self.scores.items()}
+        return replace(self, scores=scores, passages=None, lengths=None)
 
     def minus(self, other: Localization) -> Localization:
         """Difference of two localizations of the same grain and sites (memorized minus control, say).
@@ -117,6 +125,7 @@ class Localization:
             "grain": str(self.grain),
             "passages": None if self.passages is None else list(self.passages),
             "notes": dict(self.notes),
+            "lengths": None if self.lengths is None else list(self.lengths),
             "provenance": self.provenance.to_json(),
         }
         store.save(path, "localization", {str(site): entry for site, entry in self.scores.items()}, header)
@@ -132,7 +141,8 @@ class Localization:
         scores = {Site.parse(name): entry for name, entry in tensors.items()}
         passages = None if header["passages"] is None else tuple(header["passages"])
         provenance = Provenance.from_json(header["provenance"])
-        return cls(Grain(header["grain"]), dict(sorted(scores.items())), provenance, passages, header["notes"])
+        lengths = None if header.get("lengths") is None else tuple(header["lengths"])
+        return cls(Grain(header["grain"]), dict(sorted(scores.items())), provenance, passages, header["notes"], lengths)
 
 
 @dataclass(frozen=True)

@@ -10,11 +10,11 @@ from editors.demo.material import FEW, SHARE, Material
 from editors.demo.stages import Found, Mapped, Unlearned
 from editors.edit import Edit
 from editors.trial import Group, comparisons
-from memloc.cli import text_rows
 from memloc.measures.facts import FactRecall
 from memloc.report import Condition, EditSummary, Located, Note, Report, Verdict, dose_curve
 from memloc.scores import Localization
 from memloc.statistics import bootstrap_interval
+from memloc.verbs.report import text_rows
 from memloc.view import ModelView
 
 

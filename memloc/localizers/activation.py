@@ -8,6 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from memloc.costs import Cost, block_tokens, pass_bytes, widest
 from memloc.errors import InputError
 from memloc.passages import Passages
 from memloc.progress import steps
@@ -66,6 +67,14 @@ class Activation:
         inputs = {"model": view.digest, "passages": passages.digest}
         provenance = Provenance("activation", settings_of(self), inputs=inputs)
         return Localization(Grain(self.grain), scores, provenance, passages.ids)
+
+    def cost(self, view: ModelView, passages: Passages, *, contrast: Passages | None = None) -> Cost:
+        """One forward over the passages, told without running it."""
+        rows, tokens = widest(passages, size=self.batch_size)
+        kept = 3 * view.layers * rows * tokens * (view.neurons if self.grain == "neuron" else view.heads * view.width)
+        memory = pass_bytes(view, rows * tokens, context=tokens) + 8 * kept + 8 * view.width * view.neurons
+        results = 8 * view.layers * len(passages) * max(view.neurons, view.heads)
+        return Cost(block_tokens(view, passages, size=self.batch_size), bytes=memory + results)
 
     def _heard(self, view: ModelView, site: Site, entering: Tensor) -> Tensor:
         """Size of every neuron or head at every position, [n, t, f or h]."""

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
 
+from memloc.costs import Cost
 from memloc.errors import InputError
 from memloc.passages import Passages
 from memloc.provenance import Provenance, digest_json, settings_of
@@ -43,6 +45,10 @@ class Random:
         scores = {site: torch.rand(self._shape(view, site), generator=self._generator(site)) for site in sites}
         inputs = {"model": view.digest, "passages": passages.digest}
         return Localization(Grain(self.grain), scores, Provenance("random", settings_of(self), self.seed, inputs))
+
+    def cost(self, view: ModelView, passages: Passages, *, contrast: Passages | None = None) -> Cost:
+        """No pass at all; memory is the scores'."""
+        return Cost(0, bytes=64 * sum(math.prod(self._shape(view, site)) + 64 for site in self._sites(view)))
 
     def _sites(self, view: ModelView) -> tuple[Site, ...]:
         if self.grain in ("component", "weight"):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
+import cases
 import pytest
 import torch
 import zoo
@@ -25,38 +26,26 @@ from memloc.view import ModelView
 
 every_family = pytest.mark.parametrize("family", zoo.FAMILIES)
 
-VARIANTS = {
-    **{f"weight-gradient {grain}": WeightGradient(grain=grain) for grain in ("layer", "head", "neuron", "weight")},
-    "weight-gradient per passage": WeightGradient(per_passage=True, reduce="norm"),
-    "weight-gradient contrast": WeightGradient(objective="contrast", grain="neuron", reduce="sum"),
-    "weight-gradient contrast-kl": WeightGradient(objective="contrast-kl", kl="sum", scale="raw"),
-    "weight-gradient of two kinds": WeightGradient(kinds="attn.v,mlp.out", reduce="mean"),
-    "integrated-gradients last": IntegratedGradients(position="last", memory_mb=1),
-    "integrated-gradients inclusive": IntegratedGradients(quadrature="inclusive", nodes=20),
-    "activation head": Activation(grain="head"),
-    "activation signed": Activation(signed=True, values=False),
-    "random weight": Random(grain="weight"),
-    **{name: LOCALIZERS[name]() for name in LOCALIZERS},
-}
-"""Every registered method as it comes, and with its settings turned."""
-
 
 @every_family
 @pytest.mark.parametrize("name", sorted(LOCALIZERS))
-def test_every_method_passes_the_battery_in_every_family(name, family, view_of):
-    ran = check_localizer(LOCALIZERS[name](), view_of(family), zoo.passages(3), contrast=zoo.passages(2, seed=9))
+def test_every_method_passes_the_battery_in_every_family(name, family, view_of, tmp_path):
+    method = cases.made(name, view_of(family), tmp_path)
+    ran = check_localizer(method, view_of(family), zoo.passages(3), contrast=zoo.passages(2, seed=9))
     assert len(ran) == len(checks.CHECKS)
 
 
-@pytest.mark.parametrize("name", sorted(VARIANTS.keys() - set(LOCALIZERS)))
+@pytest.mark.parametrize("name", sorted(cases.VARIANTS))
 @pytest.mark.parametrize("family", ["gpt2", "llama"])
-def test_every_setting_passes_the_battery(name, family, view_of):
-    check_localizer(VARIANTS[name], view_of(family), zoo.passages(3), contrast=zoo.passages(2, seed=9))
+def test_every_setting_passes_the_battery(name, family, view_of, tmp_path):
+    method = cases.made(name, view_of(family), tmp_path)
+    check_localizer(method, view_of(family), zoo.passages(3), contrast=zoo.passages(2, seed=9))
 
 
 @pytest.mark.parametrize("name", sorted(LOCALIZERS))
-def test_every_method_passes_the_battery_in_half_precision(name, view_of):
-    check_localizer(LOCALIZERS[name](), view_of("gpt2", torch.bfloat16), zoo.passages(3))
+def test_every_method_passes_the_battery_in_half_precision(name, view_of, tmp_path):
+    view = view_of("gpt2", torch.bfloat16)
+    check_localizer(cases.made(name, view, tmp_path), view, zoo.passages(3), contrast=zoo.passages(2, seed=9))
 
 
 # -- the planted neuron ------------------------------------------------------------------------------------------
@@ -91,17 +80,10 @@ def test_the_planted_neuron_alone_carries_the_suffix(family, planted):
     assert_close(other, clean, atol=0.1, rtol=0)
 
 
-FINDERS = {
-    name: method
-    for name, method in VARIANTS.items()
-    if not name.startswith("random") and "head" not in name and "contrast-kl" not in name
-}
-
-
 @every_family
-@pytest.mark.parametrize("name", sorted(FINDERS))
-def test_finds_the_planted_neuron(name, family, planted):
-    finds_the_planted_neuron(FINDERS[name], planted[family])
+@pytest.mark.parametrize("name", sorted(cases.FINDERS))
+def test_finds_the_planted_neuron(name, family, planted, tmp_path):
+    finds_the_planted_neuron(cases.made(name, planted[family].view, tmp_path), planted[family])
 
 
 def test_random_scores_do_not_find_the_planted_neuron(planted):

@@ -366,6 +366,18 @@ def test_facts_as_passages(tmp_path):
         facts.as_passages("old")
 
 
+def test_facts_as_passages_say_where_their_subject_stands_and_bring_their_paraphrases(tmp_path):
+    facts = Facts.read(written(tmp_path, FACT), byte_level())
+    found = facts.as_passages(paraphrases=True)
+    assert [item.id for item in found][:2] == [facts[0].id, f"{facts[0].id}/1"]
+    assert len(found) == sum(1 + len(fact.paraphrases) for fact in facts)
+    for fact in facts:
+        mine = [item for item in found if item.tags["fact"] == fact.id]
+        for item, prompt in zip(mine, (fact.prompt, *fact.paraphrases), strict=True):
+            assert item.prefix == prompt.ids and item.suffix == fact.target_true
+            assert item.tags["subject"] == (None if prompt.subject is None else list(prompt.subject))
+
+
 def test_the_digest_of_facts_follows_everything_asked_or_answered(tmp_path):
     tokenizer = byte_level()
     changes = [

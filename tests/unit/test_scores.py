@@ -118,3 +118,14 @@ def test_different_grains_are_not_compared():
     other = Localization(Grain.HEAD, one.scores, Provenance("test"))
     with pytest.raises(MismatchError, match="neuron with head"):
         one.minus(other)
+
+
+def test_scores_of_positions_end_where_their_passage_does(tmp_path):
+    site = Site(0, Kind.MLP_OUT)
+    scores = {site: torch.tensor([[1.0, 2.0, 3.0], [4.0, 5.0, 0.0]])}
+    found = Localization(Grain.POSITION, scores, Provenance("by hand"), ("a", "b"), lengths=(3, 2))
+    assert found.of("b").scores[site].tolist() == [4.0, 5.0]
+    found.save(tmp_path / "positions.safetensors")
+    assert Localization.load(tmp_path / "positions.safetensors").lengths == (3, 2)
+    with pytest.raises(InputError, match="3 lengths for 2 passages"):
+        Localization(Grain.POSITION, scores, Provenance("by hand"), ("a", "b"), lengths=(3, 2, 1))

@@ -1,0 +1,42 @@
+"""memloc show: print what is in one of our files."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+from memloc import store
+from memloc.errors import ArtifactError
+from memloc.terminal import Terminal
+from memloc.verbs.printing import localization_json, print_localization, print_measurement
+
+
+def flags(parser: argparse.ArgumentParser) -> None:
+    """Add its flags."""
+    parser.add_argument("file", type=Path, help="a localization, an edit or a measurement")
+    parser.add_argument("--top", type=int, default=20, help="rows to print (default: 20)")
+
+
+def run(arguments: argparse.Namespace, terminal: Terminal) -> None:
+    """Print what is in one of our files."""
+    if not arguments.file.is_file():
+        raise ArtifactError(f"{arguments.file}: no such file")
+    if arguments.file.suffix == ".json":
+        from memloc.measurement import Measurement
+
+        measured = Measurement.load(arguments.file)
+        print_measurement(measured, terminal)
+        terminal.result(measured.to_json())
+        return
+    header = store.header_of(arguments.file)
+    if header["kind"] == "localization":
+        from memloc.scores import Localization
+
+        found = Localization.load(arguments.file)
+        print_localization(found, terminal, arguments.top)
+        terminal.result(localization_json(found, arguments.top, None))
+        return
+    rows = [[key, json.dumps(value, ensure_ascii=False)] for key, value in sorted(header.items())]
+    terminal.table(f"{arguments.file}: {header['kind']}", ["", ""], rows)
+    terminal.result(header)
