@@ -8,6 +8,7 @@ LOCALIZERS = Registry(
     "localizer",
     {
         "activation": "memloc.localizers.activation:Activation",
+        "grad-activation": "memloc.localizers.grad_activation:GradActivation",
         "integrated-gradients": "memloc.localizers.integrated_gradients:IntegratedGradients",
         "random": "memloc.localizers.random:Random",
         "weight-gradient": "memloc.localizers.weight_gradient:WeightGradient",

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from memloc.localizers.activation import Activation
+from memloc.localizers.grad_activation import GradActivation
 from memloc.localizers.integrated_gradients import IntegratedGradients
 from memloc.localizers.random import Random
 from memloc.localizers.weight_gradient import WeightGradient
@@ -28,6 +29,7 @@ VARIANTS: Mapping[str, Entry] = {
     "weight-gradient contrast": WeightGradient(objective="contrast", grain="neuron", reduce="sum"),
     "weight-gradient contrast-kl": WeightGradient(objective="contrast-kl", kl="sum", scale="raw"),
     "weight-gradient of two kinds": WeightGradient(kinds="attn.v,mlp.out", reduce="mean"),
+    **{f"grad-activation {grain}": GradActivation(grain=grain) for grain in ("head", "component", "layer")},
     "integrated-gradients last": IntegratedGradients(position="last", memory_mb=1),
     "integrated-gradients inclusive": IntegratedGradients(quadrature="inclusive", nodes=20),
     "activation head": Activation(grain="head"),
@@ -35,7 +37,8 @@ VARIANTS: Mapping[str, Entry] = {
     "random weight": Random(grain="weight"),
 }
 
-BLIND = {"random", "random weight", "weight-gradient head", "activation head", "weight-gradient contrast-kl"}
+BLIND = {"random", "random weight", "weight-gradient head", "activation head", "weight-gradient contrast-kl",
+         "grad-activation head"}  # fmt: skip
 """Those that need not find a planted neuron: controls, scores of other places, and an objective without a pull."""
 
 FINDERS = {*LOCALIZERS, *VARIANTS} - BLIND
