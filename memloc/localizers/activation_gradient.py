@@ -108,10 +108,10 @@ class ActivationGradient:
         scores: dict[Site, Tensor] = {}
         for batch in steps(list(view.batches(passages, size=self.batch_size)), "activation gradients"):
             for site, part in self._scaled(self._batch(view, batch)).items():
-                size = (longest,) if self.grain == "position" else part.shape[1:]
-                whole = scores.setdefault(site, torch.zeros(len(passages), *size))
-                seen = (list(batch.rows), *[slice(entries) for entries in part.shape[1:]])
-                whole[seen] = part.cpu().float()
+                if self.grain == "position":
+                    part = torch.nn.functional.pad(part, (0, longest - part.shape[1]))
+                whole = scores.setdefault(site, torch.zeros(len(passages), *part.shape[1:]))
+                whole[list(batch.rows)] = part.cpu().float()
         inputs = {"model": view.digest, "passages": passages.digest}
         provenance = Provenance("activation-gradient", settings_of(self), inputs=inputs)
         lengths = tuple(len(item.ids) for item in passages) if self.grain == "position" else None
