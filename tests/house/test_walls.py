@@ -27,7 +27,7 @@ FLOORS: tuple[str, ...] = (
     "memloc.objectives memloc.cached memloc.moments memloc.decoding memloc.costs memloc.parts",
     "memloc.flows",
     "memloc.folding",
-    "memloc.gradient_norms",
+    "memloc.map_gradients",
     "memloc.truth memloc.lab",
     "memloc.checks memloc.measures",
     "memloc.localizers",
