@@ -9,6 +9,7 @@ LOCALIZERS = Registry(
     {
         "activation": "memloc.localizers.activation:Activation",
         "activation-gradient": "memloc.localizers.activation_gradient:ActivationGradient",
+        "curvature": "memloc.localizers.curvature:Curvature",
         "grad-activation": "memloc.localizers.grad_activation:GradActivation",
         "integrated-gradients": "memloc.localizers.integrated_gradients:IntegratedGradients",
         "random": "memloc.localizers.random:Random",

@@ -28,6 +28,7 @@ FLOORS: tuple[str, ...] = (
     "memloc.flows",
     "memloc.folding",
     "memloc.map_gradients",
+    "memloc.curvature",
     "memloc.truth memloc.lab",
     "memloc.checks memloc.measures",
     "memloc.localizers",
