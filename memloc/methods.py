@@ -10,6 +10,7 @@ LOCALIZERS = Registry(
         "activation": "memloc.localizers.activation:Activation",
         "integrated-gradients": "memloc.localizers.integrated_gradients:IntegratedGradients",
         "random": "memloc.localizers.random:Random",
+        "rare-token-heads": "memloc.localizers.rare_token_heads:RareTokenHeads",
         "weight-gradient": "memloc.localizers.weight_gradient:WeightGradient",
     },
 )

@@ -25,6 +25,7 @@ FLOORS: tuple[str, ...] = (
     "memloc.proof",
     "memloc.view",
     "memloc.objectives memloc.cached memloc.moments memloc.decoding memloc.costs memloc.parts",
+    "memloc.patterns memloc.rarity memloc.outcomes",
     "memloc.truth memloc.lab",
     "memloc.checks memloc.measures",
     "memloc.localizers",

@@ -14,6 +14,7 @@ from typing import Any
 from memloc.localizers.activation import Activation
 from memloc.localizers.integrated_gradients import IntegratedGradients
 from memloc.localizers.random import Random
+from memloc.localizers.rare_token_heads import RareTokenHeads
 from memloc.localizers.weight_gradient import WeightGradient
 from memloc.methods import LOCALIZERS
 from memloc.view import ModelView
@@ -30,12 +31,23 @@ VARIANTS: Mapping[str, Entry] = {
     "weight-gradient of two kinds": WeightGradient(kinds="attn.v,mlp.out", reduce="mean"),
     "integrated-gradients last": IntegratedGradients(position="last", memory_mb=1),
     "integrated-gradients inclusive": IntegratedGradients(quadrature="inclusive", nodes=20),
+    "rare-token-heads suffix": RareTokenHeads(query="suffix", scale="z", skip=0, ablate="zero"),
+    "rare-token-heads all": RareTokenHeads(query="all", permutations=0, ablate="mean", top=2),
     "activation head": Activation(grain="head"),
     "activation signed": Activation(signed=True, values=False),
     "random weight": Random(grain="weight"),
 }
 
-BLIND = {"random", "random weight", "weight-gradient head", "activation head", "weight-gradient contrast-kl"}
+BLIND = {
+    "rare-token-heads",
+    "rare-token-heads suffix",
+    "rare-token-heads all",
+    "random",
+    "random weight",
+    "weight-gradient head",
+    "activation head",
+    "weight-gradient contrast-kl",
+}
 """Those that need not find a planted neuron: controls, scores of other places, and an objective without a pull."""
 
 FINDERS = {*LOCALIZERS, *VARIANTS} - BLIND
