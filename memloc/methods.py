@@ -8,6 +8,8 @@ LOCALIZERS = Registry(
     "localizer",
     {
         "activation": "memloc.localizers.activation:Activation",
+        "activation-gradient": "memloc.localizers.activation_gradient:ActivationGradient",
+        "grad-activation": "memloc.localizers.grad_activation:GradActivation",
         "integrated-gradients": "memloc.localizers.integrated_gradients:IntegratedGradients",
         "random": "memloc.localizers.random:Random",
         "rare-token-heads": "memloc.localizers.rare_token_heads:RareTokenHeads",

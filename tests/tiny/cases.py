@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from memloc.localizers.activation import Activation
+from memloc.localizers.activation_gradient import ActivationGradient
+from memloc.localizers.grad_activation import GradActivation
 from memloc.localizers.integrated_gradients import IntegratedGradients
 from memloc.localizers.random import Random
 from memloc.localizers.rare_token_heads import RareTokenHeads
@@ -29,6 +31,10 @@ VARIANTS: Mapping[str, Entry] = {
     "weight-gradient contrast": WeightGradient(objective="contrast", grain="neuron", reduce="sum"),
     "weight-gradient contrast-kl": WeightGradient(objective="contrast-kl", kl="sum", scale="raw"),
     "weight-gradient of two kinds": WeightGradient(kinds="attn.v,mlp.out", reduce="mean"),
+    **{f"activation-gradient {grain}": ActivationGradient(grain=grain) for grain in ("layer", "neuron", "position")},
+    "activation-gradient head values": ActivationGradient(grain="head", parts="v", reduce="top-10%"),
+    "activation-gradient inside": ActivationGradient(parts="z,post", positions="predicting", scale="raw"),
+    **{f"grad-activation {grain}": GradActivation(grain=grain) for grain in ("head", "component", "layer")},
     "integrated-gradients last": IntegratedGradients(position="last", memory_mb=1),
     "integrated-gradients inclusive": IntegratedGradients(quadrature="inclusive", nodes=20),
     "rare-token-heads suffix": RareTokenHeads(query="suffix", scale="z", skip=0, ablate="zero"),
@@ -49,6 +55,11 @@ BLIND = {
     "weight-gradient contrast-kl",
 }
 """Those that need not find a planted neuron: controls, scores of other places, and an objective without a pull."""
+BLIND = {"random", "random weight", "weight-gradient head", "activation head", "weight-gradient contrast-kl",
+         "grad-activation head", "activation-gradient", "activation-gradient layer", "activation-gradient position",
+         "activation-gradient head values"}  # fmt: skip
+"""Those that need not find a planted neuron: controls, scores of other places, an objective without a pull,
+and gradients by activations of other places than neurons, which say where the loss is steep, not what is read there."""
 
 FINDERS = {*LOCALIZERS, *VARIANTS} - BLIND
 
