@@ -29,6 +29,8 @@ FLOORS: tuple[str, ...] = (
     "memloc.flows",
     "memloc.folding",
     "memloc.gradient_norms",
+    "memloc.objectives memloc.cached memloc.moments memloc.decoding memloc.costs memloc.parts memloc.readout",
+    "memloc.paths memloc.refinement",
     "memloc.truth memloc.lab",
     "memloc.checks memloc.measures",
     "memloc.localizers",
