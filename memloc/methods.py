@@ -8,6 +8,7 @@ LOCALIZERS = Registry(
     "localizer",
     {
         "activation": "memloc.localizers.activation:Activation",
+        "attention-bypass": "memloc.localizers.attention_bypass:AttentionBypass",
         "integrated-gradients": "memloc.localizers.integrated_gradients:IntegratedGradients",
         "random": "memloc.localizers.random:Random",
         "rare-token-heads": "memloc.localizers.rare_token_heads:RareTokenHeads",

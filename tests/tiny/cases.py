@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from memloc.localizers.activation import Activation
+from memloc.localizers.attention_bypass import AttentionBypass
 from memloc.localizers.integrated_gradients import IntegratedGradients
 from memloc.localizers.random import Random
 from memloc.localizers.rare_token_heads import RareTokenHeads
@@ -33,6 +34,9 @@ VARIANTS: Mapping[str, Entry] = {
     "integrated-gradients inclusive": IntegratedGradients(quadrature="inclusive", nodes=20),
     "rare-token-heads suffix": RareTokenHeads(query="suffix", scale="z", skip=0, ablate="zero"),
     "rare-token-heads all": RareTokenHeads(query="all", permutations=0, ablate="mean", top=2),
+    "attention-bypass head": AttentionBypass(grain="head"),
+    "attention-bypass window": AttentionBypass(span="window"),
+    "attention-bypass quartile": AttentionBypass(span="quartile"),
     "activation head": Activation(grain="head"),
     "activation signed": Activation(signed=True, values=False),
     "random weight": Random(grain="weight"),
