@@ -42,16 +42,11 @@ VARIANTS: Mapping[str, Entry] = {
     "random weight": Random(grain="weight"),
 }
 
-BLIND = {
-    "rare-token-heads",
-    "rare-token-heads suffix",
-    "rare-token-heads all",
-    "random",
-    "random weight",
-    "weight-gradient head",
-    "activation head",
-    "weight-gradient contrast-kl",
-}
+OF_ATTENTION = {name for name in (*LOCALIZERS, *VARIANTS) if name.startswith(("rare-token-heads", "attention-bypass"))}
+"""They speak of attention, and a planted neuron needs none."""
+
+OTHER_PLACES = {"weight-gradient head", "activation head"}
+BLIND = {*OF_ATTENTION, *OTHER_PLACES, "random", "random weight", "weight-gradient contrast-kl"}
 """Those that need not find a planted neuron: controls, scores of other places, and an objective without a pull."""
 
 FINDERS = {*LOCALIZERS, *VARIANTS} - BLIND
