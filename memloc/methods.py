@@ -10,6 +10,7 @@ LOCALIZERS = Registry(
         "activation": "memloc.localizers.activation:Activation",
         "activation-gradient": "memloc.localizers.activation_gradient:ActivationGradient",
         "grad-activation": "memloc.localizers.grad_activation:GradActivation",
+        "attention-bypass": "memloc.localizers.attention_bypass:AttentionBypass",
         "integrated-gradients": "memloc.localizers.integrated_gradients:IntegratedGradients",
         "random": "memloc.localizers.random:Random",
         "rare-token-heads": "memloc.localizers.rare_token_heads:RareTokenHeads",

@@ -14,6 +14,7 @@ from typing import Any
 from memloc.localizers.activation import Activation
 from memloc.localizers.activation_gradient import ActivationGradient
 from memloc.localizers.grad_activation import GradActivation
+from memloc.localizers.attention_bypass import AttentionBypass
 from memloc.localizers.integrated_gradients import IntegratedGradients
 from memloc.localizers.random import Random
 from memloc.localizers.rare_token_heads import RareTokenHeads
@@ -39,21 +40,19 @@ VARIANTS: Mapping[str, Entry] = {
     "integrated-gradients inclusive": IntegratedGradients(quadrature="inclusive", nodes=20),
     "rare-token-heads suffix": RareTokenHeads(query="suffix", scale="z", skip=0, ablate="zero"),
     "rare-token-heads all": RareTokenHeads(query="all", permutations=0, ablate="mean", top=2),
+    "attention-bypass head": AttentionBypass(grain="head"),
+    "attention-bypass window": AttentionBypass(span="window"),
+    "attention-bypass quartile": AttentionBypass(span="quartile"),
     "activation head": Activation(grain="head"),
     "activation signed": Activation(signed=True, values=False),
     "random weight": Random(grain="weight"),
 }
 
-BLIND = {
-    "rare-token-heads",
-    "rare-token-heads suffix",
-    "rare-token-heads all",
-    "random",
-    "random weight",
-    "weight-gradient head",
-    "activation head",
-    "weight-gradient contrast-kl",
-}
+OF_ATTENTION = {name for name in (*LOCALIZERS, *VARIANTS) if name.startswith(("rare-token-heads", "attention-bypass"))}
+"""They speak of attention, and a planted neuron needs none."""
+
+OTHER_PLACES = {"weight-gradient head", "activation head"}
+BLIND = {*OF_ATTENTION, *OTHER_PLACES, "random", "random weight", "weight-gradient contrast-kl"}
 """Those that need not find a planted neuron: controls, scores of other places, and an objective without a pull."""
 BLIND = {"random", "random weight", "weight-gradient head", "activation head", "weight-gradient contrast-kl",
          "grad-activation head", "activation-gradient", "activation-gradient layer", "activation-gradient position",
