@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from memloc.errors import ModelError
 from memloc.sites import Kind
@@ -74,6 +74,16 @@ class Row:
         if self.fused is not None and kind in (Kind.ATTN_Q, Kind.ATTN_K, Kind.ATTN_V):
             return self.fused.path
         return self.maps.get(kind)
+
+    @torch.no_grad()
+    def bare_norm(self, norm: nn.Module, stream: Tensor) -> Tensor:
+        """What `norm` makes of `stream` with its gain 1 and its bias 0, in the stream's dtype."""
+        plain = {
+            name: torch.full_like(stored, 1 - self.norm_offset if name == "weight" else 0, dtype=stream.dtype)
+            for name, stored in norm.named_parameters()
+        }
+        found: Tensor = torch.func.functional_call(norm, plain, (stream,))
+        return found
 
 
 @dataclass(frozen=True)

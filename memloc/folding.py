@@ -3,14 +3,14 @@
 A norm gives x̂·γ + β and a map reads it: W(x̂·γ + β) + b. Folded, W·diag(γ) reads x̂ and the bias is b + Wβ: the same
 function, other coordinates. The gradient by the folded weight is Σ δ x̂ᵀ, with δ the gradient by what the map puts out,
 and is had from x̂ itself: no division by γ, which may be 0, and β, which multiplies no folded weight, stays out. (It is
-the raw gradient's columns over γ only where β = 0.) Maps that write into a stream read by norms which take the mean away
-are centred: what they write has mean 0, and so has the gradient over their outputs.
+the raw gradient's columns over γ only where β = 0.) Maps that write into a stream read by norms which take the mean
+away are centred: what they write has mean 0, and so has the gradient over their outputs.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Literal
 
 import torch
@@ -44,7 +44,7 @@ def reading(
     with view.record([site for site in sites if site not in norms]) as entering, hooks.record(points) as streams:
 
         def found() -> dict[Site, Tensor]:
-            normed = {id(norm): bare(view, norm, streams[id(norm)]) for norm in norms.values()}
+            normed = {id(norm): view.row.bare_norm(norm, wide(streams[id(norm)])) for norm in norms.values()}
             return {site: normed[id(norms[site])] if site in norms else entering[site] for site in sites}
 
         yield found
@@ -64,18 +64,6 @@ def norm_before(view: ModelView, site: Site) -> nn.Module:
 
 
 @torch.no_grad()
-def bare(view: ModelView, norm: nn.Module, stream: Tensor) -> Tensor:
-    """What `norm` makes of `stream` with its gain 1 and its bias 0, in float32 (float64 stays)."""
-    stream = wide(stream)
-    plain = {
-        name: torch.full_like(stored, 1 - view.row.norm_offset if name == "weight" else 0, dtype=stream.dtype)
-        for name, stored in norm.named_parameters()
-    }
-    found: Tensor = torch.func.functional_call(norm, plain, (stream,))
-    return found
-
-
-@torch.no_grad()
 def centres(view: ModelView) -> bool:
     """Whether the norm that reads the stream last takes its mean away: found by arithmetic, a shift changes nothing."""
     probe = torch.linspace(-1, 2, view.width, device=view.device, dtype=view.dtype)[None].square()
@@ -83,6 +71,8 @@ def centres(view: ModelView) -> bool:
     return float((here - moved).abs().max()) < 0.1 * float(here.abs().max())
 
 
-def centred(view: ModelView, site: Site, pull: Tensor) -> Tensor:
-    """The gradient by what a folded `site` puts out [..., out]: its mean taken away where the site is centred."""
-    return pull - pull.mean(-1, keepdim=True) if site.kind in WRITERS and centres(view) else pull
+def centred(view: ModelView, pulled: Mapping[Site, Tensor]) -> dict[Site, Tensor]:
+    """Gradients by what folded maps put out, [..., out]: their means taken away where the maps are centred."""
+    if not centres(view):
+        return dict(pulled)
+    return {site: pull - pull.mean(-1, keepdim=True) if site.kind in WRITERS else pull for site, pull in pulled.items()}

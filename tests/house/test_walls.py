@@ -30,6 +30,7 @@ FLOORS: tuple[str, ...] = (
     "memloc.folding",
     "memloc.gradient_norms",
     "memloc.paths memloc.refinement",
+    "memloc.map_gradients",
     "memloc.truth memloc.lab",
     "memloc.checks memloc.measures",
     "memloc.localizers",

@@ -29,6 +29,10 @@ DEFAULTS: Mapping[str, Entry] = {}
 VARIANTS: Mapping[str, Entry] = {
     **{f"weight-gradient {grain}": WeightGradient(grain=grain) for grain in ("layer", "head", "neuron", "weight")},
     "weight-gradient per passage": WeightGradient(per_passage=True, reduce="norm"),
+    "weight-gradient folded": WeightGradient(convention="folded"),
+    "weight-gradient folded norms": WeightGradient(
+        convention="folded", per_passage=True, reduce="norm", grain="neuron"
+    ),
     "weight-gradient contrast": WeightGradient(objective="contrast", grain="neuron", reduce="sum"),
     "weight-gradient contrast-kl": WeightGradient(objective="contrast-kl", kl="sum", scale="raw"),
     "weight-gradient of two kinds": WeightGradient(kinds="attn.v,mlp.out", reduce="mean"),
