@@ -9,6 +9,8 @@ LOCALIZERS = Registry(
     {
         "activation": "memloc.localizers.activation:Activation",
         "integrated-gradients": "memloc.localizers.integrated_gradients:IntegratedGradients",
+        "knowledge-neurons": "memloc.localizers.knowledge_neurons:KnowledgeNeurons",
+        "logit-lens": "memloc.localizers.logit_lens:LogitLens",
         "random": "memloc.localizers.random:Random",
         "weight-gradient": "memloc.localizers.weight_gradient:WeightGradient",
     },

@@ -25,7 +25,7 @@ FLOORS: tuple[str, ...] = (
     "memloc.proof",
     "memloc.view",
     "memloc.objectives memloc.cached memloc.moments memloc.decoding memloc.costs memloc.parts memloc.readout",
-    "memloc.paths memloc.refinement",
+    "memloc.paths memloc.attribution memloc.refinement",
     "memloc.truth memloc.lab",
     "memloc.checks memloc.measures",
     "memloc.localizers",

@@ -13,6 +13,8 @@ from typing import Any
 
 from memloc.localizers.activation import Activation
 from memloc.localizers.integrated_gradients import IntegratedGradients
+from memloc.localizers.knowledge_neurons import CONVENTIONS, KnowledgeNeurons
+from memloc.localizers.logit_lens import LogitLens
 from memloc.localizers.random import Random
 from memloc.localizers.weight_gradient import WeightGradient
 from memloc.methods import LOCALIZERS
@@ -30,12 +32,26 @@ VARIANTS: Mapping[str, Entry] = {
     "weight-gradient of two kinds": WeightGradient(kinds="attn.v,mlp.out", reduce="mean"),
     "integrated-gradients last": IntegratedGradients(position="last", memory_mb=1),
     "integrated-gradients inclusive": IntegratedGradients(quadrature="inclusive", nodes=20),
+    "integrated-gradients left": IntegratedGradients(quadrature="riemann-left", nodes=20, position="first"),
+    "knowledge-neurons hunter": KnowledgeNeurons(**CONVENTIONS["hunter"]),
+    "knowledge-neurons quantile": KnowledgeNeurons(threshold=0.9, threshold_unit="quantile", position="last"),
+    "logit-lens of predictions": LogitLens(of="prediction", position="last", memory_mb=1),
+    "logit-lens components": LogitLens(mode="attribution"),
+    "logit-lens heads": LogitLens(mode="attribution", grain="head", centre=False),
+    "logit-lens neurons": LogitLens(mode="attribution", grain="neuron"),
     "activation head": Activation(grain="head"),
     "activation signed": Activation(signed=True, values=False),
     "random weight": Random(grain="weight"),
 }
 
-BLIND = {"random", "random weight", "weight-gradient head", "activation head", "weight-gradient contrast-kl"}
+BLIND = {
+    "random",
+    "random weight",
+    "weight-gradient head",
+    "activation head",
+    "weight-gradient contrast-kl",
+    "logit-lens heads",
+}
 """Those that need not find a planted neuron: controls, scores of other places, and an objective without a pull."""
 
 FINDERS = {*LOCALIZERS, *VARIANTS} - BLIND
