@@ -12,6 +12,8 @@ LOCALIZERS = Registry(
         "grad-activation": "memloc.localizers.grad_activation:GradActivation",
         "attention-bypass": "memloc.localizers.attention_bypass:AttentionBypass",
         "integrated-gradients": "memloc.localizers.integrated_gradients:IntegratedGradients",
+        "knowledge-neurons": "memloc.localizers.knowledge_neurons:KnowledgeNeurons",
+        "logit-lens": "memloc.localizers.logit_lens:LogitLens",
         "random": "memloc.localizers.random:Random",
         "rare-token-heads": "memloc.localizers.rare_token_heads:RareTokenHeads",
         "weight-gradient": "memloc.localizers.weight_gradient:WeightGradient",

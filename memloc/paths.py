@@ -198,7 +198,7 @@ class Bent:
         leaf = (alphas[..., None] * self.ends[panels.layer, panels.at][:, None]).requires_grad_()
         parts = []
         # Panels come by ascending layer, so the parts join in order.
-        for layer in panels.layer.unique().tolist():
+        for layer in sorted(set(panels.layer.tolist())):
             here = panels.layer == layer
             change = self._bends[layer](leaf[here]) - self._said[layer][panels.at[here]][:, None]
             parts.append(change @ self._weights[layer].to(change).T)

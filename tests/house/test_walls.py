@@ -31,6 +31,7 @@ FLOORS: tuple[str, ...] = (
     "memloc.gradient_norms",
     "memloc.paths memloc.refinement",
     "memloc.map_gradients",
+    "memloc.paths memloc.attribution memloc.refinement",
     "memloc.truth memloc.lab",
     "memloc.checks memloc.measures",
     "memloc.localizers",

@@ -16,6 +16,8 @@ from memloc.localizers.activation_gradient import ActivationGradient
 from memloc.localizers.grad_activation import GradActivation
 from memloc.localizers.attention_bypass import AttentionBypass
 from memloc.localizers.integrated_gradients import IntegratedGradients
+from memloc.localizers.knowledge_neurons import CONVENTIONS, KnowledgeNeurons
+from memloc.localizers.logit_lens import LogitLens
 from memloc.localizers.random import Random
 from memloc.localizers.rare_token_heads import RareTokenHeads
 from memloc.localizers.weight_gradient import WeightGradient
@@ -47,6 +49,13 @@ VARIANTS: Mapping[str, Entry] = {
     "attention-bypass head": AttentionBypass(grain="head"),
     "attention-bypass window": AttentionBypass(span="window"),
     "attention-bypass quartile": AttentionBypass(span="quartile"),
+    "integrated-gradients left": IntegratedGradients(quadrature="riemann-left", nodes=20, position="first"),
+    "knowledge-neurons hunter": KnowledgeNeurons(**CONVENTIONS["hunter"]),
+    "knowledge-neurons quantile": KnowledgeNeurons(threshold=0.9, threshold_unit="quantile", position="last"),
+    "logit-lens of predictions": LogitLens(of="prediction", position="last", memory_mb=1),
+    "logit-lens components": LogitLens(mode="attribution"),
+    "logit-lens heads": LogitLens(mode="attribution", grain="head", centre=False),
+    "logit-lens neurons": LogitLens(mode="attribution", grain="neuron"),
     "activation head": Activation(grain="head"),
     "activation signed": Activation(signed=True, values=False),
     "random weight": Random(grain="weight"),
@@ -57,6 +66,14 @@ OF_ATTENTION = {name for name in (*LOCALIZERS, *VARIANTS) if name.startswith(("r
 
 OTHER_PLACES = {"weight-gradient head", "activation head"}
 BLIND = {*OF_ATTENTION, *OTHER_PLACES, "random", "random weight", "weight-gradient contrast-kl"}
+BLIND = {
+    "random",
+    "random weight",
+    "weight-gradient head",
+    "activation head",
+    "weight-gradient contrast-kl",
+    "logit-lens heads",
+}
 """Those that need not find a planted neuron: controls, scores of other places, and an objective without a pull."""
 BLIND = {"random", "random weight", "weight-gradient head", "activation head", "weight-gradient contrast-kl",
          "grad-activation head", "activation-gradient", "activation-gradient layer", "activation-gradient position",
