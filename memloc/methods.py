@@ -11,6 +11,7 @@ LOCALIZERS = Registry(
         "integrated-gradients": "memloc.localizers.integrated_gradients:IntegratedGradients",
         "random": "memloc.localizers.random:Random",
         "weight-gradient": "memloc.localizers.weight_gradient:WeightGradient",
+        "zero-out": "memloc.localizers.zero_out:ZeroOut",
     },
 )
 

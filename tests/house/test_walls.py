@@ -25,6 +25,8 @@ FLOORS: tuple[str, ...] = (
     "memloc.proof",
     "memloc.view",
     "memloc.objectives memloc.cached memloc.moments memloc.decoding memloc.costs",
+    "memloc.gates",
+    "memloc.variants memloc.learned_masks",
     "memloc.truth memloc.lab",
     "memloc.checks memloc.measures",
     "memloc.localizers",

@@ -15,6 +15,7 @@ from memloc.localizers.activation import Activation
 from memloc.localizers.integrated_gradients import IntegratedGradients
 from memloc.localizers.random import Random
 from memloc.localizers.weight_gradient import WeightGradient
+from memloc.localizers.zero_out import ZeroOut
 from memloc.methods import LOCALIZERS
 from memloc.view import ModelView
 
@@ -33,9 +34,18 @@ VARIANTS: Mapping[str, Entry] = {
     "activation head": Activation(grain="head"),
     "activation signed": Activation(signed=True, values=False),
     "random weight": Random(grain="weight"),
+    "zero-out head": ZeroOut(grain="head", memory_mb=1),
+    "zero-out shortlist": ZeroOut(mode="shortlist", verify=15, audit=5),
 }
 
-BLIND = {"random", "random weight", "weight-gradient head", "activation head", "weight-gradient contrast-kl"}
+BLIND = {
+    "random",
+    "random weight",
+    "weight-gradient head",
+    "activation head",
+    "weight-gradient contrast-kl",
+    "zero-out head",
+}
 """Those that need not find a planted neuron: controls, scores of other places, and an objective without a pull."""
 
 FINDERS = {*LOCALIZERS, *VARIANTS} - BLIND
