@@ -49,7 +49,7 @@ def gated(view: ModelView, gates: Mapping[Site, Tensor]) -> AbstractContextManag
     def change(site: Site, entering: Tensor) -> Tensor:
         gate = gates[site].to(entering)
         gate = gate if gate.dim() == 1 else gate[:, None]
-        units = entering.unflatten(-1, (gate.shape[-1], -1))
+        units = entering.view(*entering.shape[:-1], gate.shape[-1], -1)
         return (units * gate[..., None]).flatten(-2)
 
     return view.replace(gates, change)

@@ -107,7 +107,7 @@ class Variants:
         return stream.to(self.view.dtype)
 
     def gated(self, site: Site, gates: Tensor) -> Tensor:
-        """The stream after the block of `site`, `[n, t, d]`, were its units multiplied by `[n, u]`: one block is run."""
+        """The stream after the block of `site`, `[n, t, d]`, were its units multiplied by `[n, u]`. Cost: one block."""
         call, stream = self._calls[site.layer], self.below[site.layer]
         with gated(self.view, {site: gates}):
             block = self.view.block(site.layer)
@@ -148,7 +148,7 @@ class Variants:
 
 @dataclass(frozen=True)
 class FinalNorm:
-    """A final norm and unembedding as arithmetic: logits = W (gain ∘ (x - mean x) / √(mean square + eps) + shift) + bias.
+    """Final norm and unembedding as arithmetic: logits = W (gain ∘ (x - x̄) / √(mean (x - x̄)² + eps) + shift) + bias.
 
     Found by what the modules do, not by what they are called.
 
@@ -239,16 +239,16 @@ class _Past:
 
 def _split_calls(view: ModelView, ids: Tensor, cut: int) -> tuple[hooks.Call | None, hooks.Call]:
     """How the top block is called on the first `cut` positions, and on the rest behind them."""
-    cache, top, found = DynamicCache(), view.layers - 1, []
-    for part in (ids[:, :cut], ids[:, cut:]):
-        if not part.shape[1]:
-            found.append(None)
-            continue
-        seen = torch.ones_like(ids[:, : cache.get_seq_length() + part.shape[1]])
+    cache, top = DynamicCache(), view.layers - 1
+
+    def called(part: Tensor, end: int) -> hooks.Call:
         with hooks.record_calls({top: view.block(top)}) as calls:
-            _base(view)(input_ids=part, attention_mask=seen, past_key_values=cache, use_cache=True)
-        found.append(calls[top])
-    return found[0], found[1]
+            mask = torch.ones_like(ids[:, :end])
+            _base(view)(input_ids=part, attention_mask=mask, past_key_values=cache, use_cache=True)
+        return calls[top]
+
+    before = called(ids[:, :cut], cut) if cut else None
+    return before, called(ids[:, cut:], ids.shape[1])
 
 
 def _call(block: Any, stream: Tensor, call: hooks.Call, past: _Past) -> Tensor:

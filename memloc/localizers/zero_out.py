@@ -180,7 +180,7 @@ class _Silencing:
 
     def _parts(self, units: Tensor) -> Iterator[Tensor]:
         room = self.memory_mb * 2**20 // variant_bytes(self.view, len(self.item.ids), len(self.item.suffix))
-        yield from units.split(max(1, room))
+        yield from torch.split(units, max(1, room))
 
     def _run(self, layer: int, units: Tensor) -> Tensor:
         """NLL [n] without each of `units`; [1], of the passage as it is, where there are none."""
