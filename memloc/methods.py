@@ -8,8 +8,10 @@ LOCALIZERS = Registry(
     "localizer",
     {
         "activation": "memloc.localizers.activation:Activation",
+        "hard-concrete": "memloc.localizers.hard_concrete:HardConcrete",
         "integrated-gradients": "memloc.localizers.integrated_gradients:IntegratedGradients",
         "random": "memloc.localizers.random:Random",
+        "slimming": "memloc.localizers.slimming:Slimming",
         "weight-gradient": "memloc.localizers.weight_gradient:WeightGradient",
         "zero-out": "memloc.localizers.zero_out:ZeroOut",
     },
