@@ -21,6 +21,7 @@ from memloc.localizers.logit_lens import LogitLens
 from memloc.localizers.random import Random
 from memloc.localizers.rare_token_heads import RareTokenHeads
 from memloc.localizers.weight_gradient import WeightGradient
+from memloc.localizers.zero_out import ZeroOut
 from memloc.methods import LOCALIZERS
 from memloc.view import ModelView
 
@@ -59,6 +60,8 @@ VARIANTS: Mapping[str, Entry] = {
     "activation head": Activation(grain="head"),
     "activation signed": Activation(signed=True, values=False),
     "random weight": Random(grain="weight"),
+    "zero-out head": ZeroOut(grain="head", memory_mb=1),
+    "zero-out shortlist": ZeroOut(mode="shortlist", verify=15, audit=5),
 }
 
 OF_ATTENTION = {name for name in (*LOCALIZERS, *VARIANTS) if name.startswith(("rare-token-heads", "attention-bypass"))}
@@ -73,6 +76,7 @@ BLIND = {
     "activation head",
     "weight-gradient contrast-kl",
     "logit-lens heads",
+    "zero-out head",
 }
 """Those that need not find a planted neuron: controls, scores of other places, and an objective without a pull."""
 BLIND = {"random", "random weight", "weight-gradient head", "activation head", "weight-gradient contrast-kl",
