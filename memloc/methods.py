@@ -9,6 +9,8 @@ LOCALIZERS = Registry(
     {
         "activation": "memloc.localizers.activation:Activation",
         "integrated-gradients": "memloc.localizers.integrated_gradients:IntegratedGradients",
+        "layer-retrain": "memloc.localizers.layer_retrain:LayerRetrain",
+        "layer-rewind": "memloc.localizers.layer_rewind:LayerRewind",
         "random": "memloc.localizers.random:Random",
         "weight-gradient": "memloc.localizers.weight_gradient:WeightGradient",
     },

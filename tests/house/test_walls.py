@@ -19,12 +19,13 @@ ROOT = Path(__file__).parents[2]
 
 FLOORS: tuple[str, ...] = (
     "memloc memloc.errors memloc.statistics memloc.progress memloc.hooks",
-    "memloc.sites memloc.provenance memloc.registry memloc.flags memloc.terminal memloc.store",
+    "memloc.sites memloc.provenance memloc.registry memloc.flags memloc.terminal memloc.store memloc.snapshots",
     "memloc.architectures memloc.passages memloc.methods memloc.measurement memloc.scores",
     "memloc.batches memloc.profiles memloc.loading",
     "memloc.proof",
     "memloc.view",
     "memloc.objectives memloc.cached memloc.moments memloc.decoding memloc.costs memloc.parts",
+    "memloc.rewinding memloc.windows memloc.fourier",
     "memloc.truth memloc.lab",
     "memloc.checks memloc.measures",
     "memloc.localizers",

@@ -7,12 +7,18 @@ function that makes one from the view and an empty folder.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
+from safetensors.torch import save_model
+
 from memloc.localizers.activation import Activation
 from memloc.localizers.integrated_gradients import IntegratedGradients
+from memloc.localizers.layer_retrain import LayerRetrain
+from memloc.localizers.layer_rewind import LayerRewind
 from memloc.localizers.random import Random
 from memloc.localizers.weight_gradient import WeightGradient
 from memloc.methods import LOCALIZERS
@@ -20,7 +26,31 @@ from memloc.view import ModelView
 
 Entry = Any | Callable[[ModelView, Path], Any]
 
-DEFAULTS: Mapping[str, Entry] = {}
+
+
+def before(view: ModelView, folder: Path) -> str:
+    """A checkpoint folder of the same shape: the model with the maps of its blocks at half size."""
+    earlier = copy.deepcopy(view.model)
+    with torch.no_grad():
+        for site in view.sites(*view.kinds):
+            earlier.get_parameter(view.place(site).parameter).copy_(view.parameter(site) / 2)
+    (folder / "before").mkdir(exist_ok=True)
+    earlier.config.save_pretrained(folder / "before")
+    save_model(earlier, str(folder / "before" / "model.safetensors"))
+    return str(folder / "before")
+
+
+def rewinding(**settings: Any) -> Callable[[ModelView, Path], Any]:
+    """A rewinding to `before`."""
+    return lambda view, folder: LayerRewind(earlier=before(view, folder), **settings)
+
+
+def retraining(**settings: Any) -> Callable[[ModelView, Path], Any]:
+    """A short retraining from `before`."""
+    return lambda view, folder: LayerRetrain(earlier=before(view, folder), **{"steps": 3, "rows": 2, **settings})
+
+
+DEFAULTS: Mapping[str, Entry] = {"layer-rewind": rewinding(), "layer-retrain": retraining()}
 
 VARIANTS: Mapping[str, Entry] = {
     **{f"weight-gradient {grain}": WeightGradient(grain=grain) for grain in ("layer", "head", "neuron", "weight")},
@@ -30,13 +60,19 @@ VARIANTS: Mapping[str, Entry] = {
     "weight-gradient of two kinds": WeightGradient(kinds="attn.v,mlp.out", reduce="mean"),
     "integrated-gradients last": IntegratedGradients(position="last", memory_mb=1),
     "integrated-gradients inclusive": IntegratedGradients(quadrature="inclusive", nodes=20),
+    "layer-rewind every window": rewinding(window=0),
+    "layer-rewind component": rewinding(grain="component", window=2),
+    "layer-rewind criticality": rewinding(score="criticality", kinds="attn.v,mlp.out", batch_size=2),
+    "layer-retrain two layers": retraining(window=2, kinds="attn.v,mlp.in,mlp.out", batch_size=2),
     "activation head": Activation(grain="head"),
     "activation signed": Activation(signed=True, values=False),
     "random weight": Random(grain="weight"),
 }
 
-BLIND = {"random", "random weight", "weight-gradient head", "activation head", "weight-gradient contrast-kl"}
-"""Those that need not find a planted neuron: controls, scores of other places, and an objective without a pull."""
+BLIND = {"random", "random weight", "weight-gradient head", "activation head", "weight-gradient contrast-kl",
+         "layer-retrain two layers"}  # fmt: skip
+"""Those that need not find a planted neuron: controls, scores of other places, an objective without a pull, and windows
+of one width, of which the layers at the ends share fewer."""
 
 FINDERS = {*LOCALIZERS, *VARIANTS} - BLIND
 
