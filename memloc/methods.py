@@ -11,6 +11,7 @@ LOCALIZERS = Registry(
         "integrated-gradients": "memloc.localizers.integrated_gradients:IntegratedGradients",
         "layer-retrain": "memloc.localizers.layer_retrain:LayerRetrain",
         "layer-rewind": "memloc.localizers.layer_rewind:LayerRewind",
+        "participation-ratio": "memloc.localizers.participation_ratio:ParticipationRatio",
         "random": "memloc.localizers.random:Random",
         "weight-gradient": "memloc.localizers.weight_gradient:WeightGradient",
     },

@@ -19,6 +19,7 @@ from memloc.localizers.activation import Activation
 from memloc.localizers.integrated_gradients import IntegratedGradients
 from memloc.localizers.layer_retrain import LayerRetrain
 from memloc.localizers.layer_rewind import LayerRewind
+from memloc.localizers.participation_ratio import ParticipationRatio
 from memloc.localizers.random import Random
 from memloc.localizers.weight_gradient import WeightGradient
 from memloc.methods import LOCALIZERS
@@ -64,15 +65,16 @@ VARIANTS: Mapping[str, Entry] = {
     "layer-rewind component": rewinding(grain="component", window=2),
     "layer-rewind criticality": rewinding(score="criticality", kinds="attn.v,mlp.out", batch_size=2),
     "layer-retrain two layers": retraining(window=2, kinds="attn.v,mlp.in,mlp.out", batch_size=2),
+    "participation-ratio full": ParticipationRatio(tokens="3-19", convention="full", centred=False),
     "activation head": Activation(grain="head"),
     "activation signed": Activation(signed=True, values=False),
     "random weight": Random(grain="weight"),
 }
 
 BLIND = {"random", "random weight", "weight-gradient head", "activation head", "weight-gradient contrast-kl",
-         "layer-retrain two layers"}  # fmt: skip
-"""Those that need not find a planted neuron: controls, scores of other places, an objective without a pull, and windows
-of one width, of which the layers at the ends share fewer."""
+         "layer-retrain two layers", "participation-ratio", "participation-ratio full"}  # fmt: skip
+"""Those that need not find a planted neuron: controls, scores of other places, an objective without a pull, windows of
+one width, of which the layers at the ends share fewer, and spectra, which ask no passage."""
 
 FINDERS = {*LOCALIZERS, *VARIANTS} - BLIND
 

@@ -170,7 +170,8 @@ def test_one_block_of_the_checkpoint_is_in_memory_at_a_time(tmp_path):
     with counted(view) as naive:
         snapshot = Snapshot.open(folder)
         twin = {name: snapshot.tensor(name) for name in snapshot.files}
-        substituted(view.model, twin, lambda: suffix_nll(view, next(view.batches(passages))))
+        blocks = {name: entry for name, entry in twin.items() if ".h." in name}
+        substituted(view.model, blocks, lambda: suffix_nll(view, next(view.batches(passages))))
     assert naive.bytes > size
 
 
