@@ -2,7 +2,7 @@
 
 Two conventions, because they give other numbers for the same wave. "half" takes the real transform's frequencies
 0 .. n/2, so a pure cosine has 1; "full" takes all n, of which a cosine fills two, so it has 1/2. White noise has about
-2/(n/2) and 3/n or less. The reference code of the paper takes "half"; the range [1/n, 1] it states fits "full".
+4/n and 2/n. The reference code of the paper takes "half"; the range [1/n, 1] it states fits "full".
 """
 
 from __future__ import annotations

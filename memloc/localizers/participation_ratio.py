@@ -29,7 +29,7 @@ class ParticipationRatio:
     For tokens 0, 1, …, n-1 of a cycle (the numbers of modular arithmetic), a neuron reads the series ⟨w, e_t⟩, with w
     its row of `mlp.in` (and, where the family is gated, the series of its row of `mlp.gate` too) and e_t the token's
     embedding, and writes the series ⟨v, u_t⟩, with v its column of `mlp.out` and u_t the token's unembedding. Each
-    series x has the ratio Σ|x̃|⁴/(Σ|x̃|²)² of its Fourier transform: near 1 for one wave, near 2/n for noise. Neurons
+    series x has the ratio Σ|x̃|⁴/(Σ|x̃|²)² of its Fourier transform: near 1 for one wave, near 4/n for noise. Neurons
     that answer by the rule are periodic, so a high score, a low ratio, marks what is not rule and may memorize. It says
     nothing of which passage, and nothing where tokens have no cyclic order. No unit.
 
