@@ -19,7 +19,7 @@ ROOT = Path(__file__).parents[2]
 
 FLOORS: tuple[str, ...] = (
     "memloc memloc.errors memloc.statistics memloc.progress memloc.hooks",
-    "memloc.sites memloc.provenance memloc.registry memloc.flags memloc.terminal memloc.store",
+    "memloc.sites memloc.provenance memloc.registry memloc.flags memloc.terminal memloc.store memloc.snapshots",
     "memloc.architectures memloc.passages memloc.methods memloc.measurement memloc.scores",
     "memloc.batches memloc.profiles memloc.maps memloc.loading memloc.agreement memloc.significance",
     "memloc.proof",
@@ -35,6 +35,8 @@ FLOORS: tuple[str, ...] = (
     "memloc.objectives memloc.cached memloc.moments memloc.decoding memloc.costs",
     "memloc.gates",
     "memloc.variants memloc.learned_masks",
+    "memloc.objectives memloc.cached memloc.moments memloc.decoding memloc.costs memloc.parts",
+    "memloc.rewinding memloc.windows memloc.fourier",
     "memloc.truth memloc.lab",
     "memloc.checks memloc.measures",
     "memloc.localizers",

@@ -7,9 +7,13 @@ function that makes one from the view and an empty folder.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
+
+import torch
+from safetensors.torch import save_model
 
 from memloc.localizers.activation import Activation
 from memloc.localizers.activation_gradient import ActivationGradient
@@ -18,6 +22,9 @@ from memloc.localizers.attention_bypass import AttentionBypass
 from memloc.localizers.integrated_gradients import IntegratedGradients
 from memloc.localizers.knowledge_neurons import CONVENTIONS, KnowledgeNeurons
 from memloc.localizers.logit_lens import LogitLens
+from memloc.localizers.layer_retrain import LayerRetrain
+from memloc.localizers.layer_rewind import LayerRewind
+from memloc.localizers.participation_ratio import ParticipationRatio
 from memloc.localizers.random import Random
 from memloc.localizers.rare_token_heads import RareTokenHeads
 from memloc.localizers.weight_gradient import WeightGradient
@@ -27,7 +34,31 @@ from memloc.view import ModelView
 
 Entry = Any | Callable[[ModelView, Path], Any]
 
-DEFAULTS: Mapping[str, Entry] = {}
+
+
+def before(view: ModelView, folder: Path) -> str:
+    """A checkpoint folder of the same shape: the model with the maps of its blocks at half size."""
+    earlier = copy.deepcopy(view.model)
+    with torch.no_grad():
+        for site in view.sites(*view.kinds):
+            earlier.get_parameter(view.place(site).parameter).copy_(view.parameter(site) / 2)
+    (folder / "before").mkdir(exist_ok=True)
+    earlier.config.save_pretrained(folder / "before")
+    save_model(earlier, str(folder / "before" / "model.safetensors"))
+    return str(folder / "before")
+
+
+def rewinding(**settings: Any) -> Callable[[ModelView, Path], Any]:
+    """A rewinding to `before`."""
+    return lambda view, folder: LayerRewind(earlier=before(view, folder), **settings)
+
+
+def retraining(**settings: Any) -> Callable[[ModelView, Path], Any]:
+    """A short retraining from `before`."""
+    return lambda view, folder: LayerRetrain(earlier=before(view, folder), **{"steps": 3, "rows": 2, **settings})
+
+
+DEFAULTS: Mapping[str, Entry] = {"layer-rewind": rewinding(), "layer-retrain": retraining()}
 
 VARIANTS: Mapping[str, Entry] = {
     **{f"weight-gradient {grain}": WeightGradient(grain=grain) for grain in ("layer", "head", "neuron", "weight")},
@@ -57,6 +88,11 @@ VARIANTS: Mapping[str, Entry] = {
     "logit-lens components": LogitLens(mode="attribution"),
     "logit-lens heads": LogitLens(mode="attribution", grain="head", centre=False),
     "logit-lens neurons": LogitLens(mode="attribution", grain="neuron"),
+    "layer-rewind every window": rewinding(window=0),
+    "layer-rewind component": rewinding(grain="component", window=2),
+    "layer-rewind criticality": rewinding(score="criticality", kinds="attn.v,mlp.out", batch_size=2),
+    "layer-retrain two layers": retraining(window=2, kinds="attn.v,mlp.in,mlp.out", batch_size=2),
+    "participation-ratio full": ParticipationRatio(tokens="3-19", convention="full", centred=False),
     "activation head": Activation(grain="head"),
     "activation signed": Activation(signed=True, values=False),
     "random weight": Random(grain="weight"),
@@ -84,6 +120,10 @@ BLIND = {"random", "random weight", "weight-gradient head", "activation head", "
          "activation-gradient head values"}  # fmt: skip
 """Those that need not find a planted neuron: controls, scores of other places, an objective without a pull,
 and gradients by activations of other places than neurons, which say where the loss is steep, not what is read there."""
+BLIND = {"random", "random weight", "weight-gradient head", "activation head", "weight-gradient contrast-kl",
+         "layer-retrain two layers", "participation-ratio", "participation-ratio full"}  # fmt: skip
+"""Those that need not find a planted neuron: controls, scores of other places, an objective without a pull, windows of
+one width, of which the layers at the ends share fewer, and spectra, which ask no passage."""
 
 FINDERS = {*LOCALIZERS, *VARIANTS} - BLIND
 
