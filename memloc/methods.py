@@ -9,6 +9,7 @@ LOCALIZERS = Registry(
     {
         "activation": "memloc.localizers.activation:Activation",
         "integrated-gradients": "memloc.localizers.integrated_gradients:IntegratedGradients",
+        "prefix-perturbation": "memloc.localizers.prefix_perturbation:PrefixPerturbation",
         "random": "memloc.localizers.random:Random",
         "weight-gradient": "memloc.localizers.weight_gradient:WeightGradient",
     },

@@ -13,6 +13,7 @@ from typing import Any
 
 from memloc.localizers.activation import Activation
 from memloc.localizers.integrated_gradients import IntegratedGradients
+from memloc.localizers.prefix_perturbation import PrefixPerturbation
 from memloc.localizers.random import Random
 from memloc.localizers.weight_gradient import WeightGradient
 from memloc.methods import LOCALIZERS
@@ -33,10 +34,15 @@ VARIANTS: Mapping[str, Entry] = {
     "activation head": Activation(grain="head"),
     "activation signed": Activation(signed=True, values=False),
     "random weight": Random(grain="weight"),
+    "prefix-perturbation exact": PrefixPerturbation(score="exact", target="own", alternatives=3),
+    "prefix-perturbation changed": PrefixPerturbation(score="changed", target="own", stride=3, memory_mb=1),
 }
 
-BLIND = {"random", "random weight", "weight-gradient head", "activation head", "weight-gradient contrast-kl"}
-"""Those that need not find a planted neuron: controls, scores of other places, and an objective without a pull."""
+BLIND = {
+    "random", "random weight", "weight-gradient head", "activation head", "weight-gradient contrast-kl",
+    "prefix-perturbation", "prefix-perturbation exact", "prefix-perturbation changed",
+}  # fmt: skip
+"""Those that need not find a planted neuron: controls, scores of other places (tokens), and an objective without a pull."""
 
 FINDERS = {*LOCALIZERS, *VARIANTS} - BLIND
 
