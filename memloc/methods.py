@@ -18,6 +18,7 @@ LOCALIZERS = Registry(
         "layer-retrain": "memloc.localizers.layer_retrain:LayerRetrain",
         "layer-rewind": "memloc.localizers.layer_rewind:LayerRewind",
         "participation-ratio": "memloc.localizers.participation_ratio:ParticipationRatio",
+        "prefix-perturbation": "memloc.localizers.prefix_perturbation:PrefixPerturbation",
         "random": "memloc.localizers.random:Random",
         "rare-token-heads": "memloc.localizers.rare_token_heads:RareTokenHeads",
         "slimming": "memloc.localizers.slimming:Slimming",

@@ -25,6 +25,7 @@ from memloc.localizers.logit_lens import LogitLens
 from memloc.localizers.layer_retrain import LayerRetrain
 from memloc.localizers.layer_rewind import LayerRewind
 from memloc.localizers.participation_ratio import ParticipationRatio
+from memloc.localizers.prefix_perturbation import PrefixPerturbation
 from memloc.localizers.random import Random
 from memloc.localizers.rare_token_heads import RareTokenHeads
 from memloc.localizers.weight_gradient import WeightGradient
@@ -124,6 +125,15 @@ BLIND = {"random", "random weight", "weight-gradient head", "activation head", "
          "layer-retrain two layers", "participation-ratio", "participation-ratio full"}  # fmt: skip
 """Those that need not find a planted neuron: controls, scores of other places, an objective without a pull, windows of
 one width, of which the layers at the ends share fewer, and spectra, which ask no passage."""
+    "prefix-perturbation exact": PrefixPerturbation(score="exact", target="own", alternatives=3),
+    "prefix-perturbation changed": PrefixPerturbation(score="changed", target="own", stride=3, memory_mb=1),
+}
+
+BLIND = {
+    "random", "random weight", "weight-gradient head", "activation head", "weight-gradient contrast-kl",
+    "prefix-perturbation", "prefix-perturbation exact", "prefix-perturbation changed",
+}  # fmt: skip
+"""Those that need not find a planted neuron: controls, scores of other places (tokens), and an objective without a pull."""
 
 FINDERS = {*LOCALIZERS, *VARIANTS} - BLIND
 
