@@ -24,7 +24,7 @@ FLOORS: tuple[str, ...] = (
     "memloc.batches memloc.profiles memloc.loading",
     "memloc.proof",
     "memloc.view",
-    "memloc.objectives memloc.cached memloc.moments memloc.decoding memloc.costs memloc.parts",
+    "memloc.objectives memloc.cached memloc.moments memloc.decoding memloc.costs memloc.parts memloc.patterns",
     "memloc.truth memloc.lab",
     "memloc.checks memloc.measures",
     "memloc.localizers",
