@@ -17,13 +17,13 @@ from safetensors.torch import save_model
 
 from memloc.localizers.activation import Activation
 from memloc.localizers.activation_gradient import ActivationGradient
-from memloc.localizers.grad_activation import GradActivation
 from memloc.localizers.attention_bypass import AttentionBypass
+from memloc.localizers.grad_activation import GradActivation
 from memloc.localizers.integrated_gradients import IntegratedGradients
 from memloc.localizers.knowledge_neurons import CONVENTIONS, KnowledgeNeurons
-from memloc.localizers.logit_lens import LogitLens
 from memloc.localizers.layer_retrain import LayerRetrain
 from memloc.localizers.layer_rewind import LayerRewind
+from memloc.localizers.logit_lens import LogitLens
 from memloc.localizers.participation_ratio import ParticipationRatio
 from memloc.localizers.prefix_perturbation import PrefixPerturbation
 from memloc.localizers.random import Random
@@ -34,7 +34,6 @@ from memloc.methods import LOCALIZERS
 from memloc.view import ModelView
 
 Entry = Any | Callable[[ModelView, Path], Any]
-
 
 
 def before(view: ModelView, folder: Path) -> str:
@@ -99,43 +98,40 @@ VARIANTS: Mapping[str, Entry] = {
     "random weight": Random(grain="weight"),
     "zero-out head": ZeroOut(grain="head", memory_mb=1),
     "zero-out shortlist": ZeroOut(mode="shortlist", verify=15, audit=5),
-}
-
-OF_ATTENTION = {name for name in (*LOCALIZERS, *VARIANTS) if name.startswith(("rare-token-heads", "attention-bypass"))}
-"""They speak of attention, and a planted neuron needs none."""
-
-OTHER_PLACES = {"weight-gradient head", "activation head"}
-BLIND = {*OF_ATTENTION, *OTHER_PLACES, "random", "random weight", "weight-gradient contrast-kl"}
-BLIND = {
-    "random",
-    "random weight",
-    "weight-gradient head",
-    "activation head",
-    "weight-gradient contrast-kl",
-    "logit-lens heads",
-    "zero-out head",
-}
-"""Those that need not find a planted neuron: controls, scores of other places, and an objective without a pull."""
-BLIND = {"random", "random weight", "weight-gradient head", "activation head", "weight-gradient contrast-kl",
-         "grad-activation head", "activation-gradient", "activation-gradient layer", "activation-gradient position",
-         "activation-gradient head values"}  # fmt: skip
-"""Those that need not find a planted neuron: controls, scores of other places, an objective without a pull,
-and gradients by activations of other places than neurons, which say where the loss is steep, not what is read there."""
-BLIND = {"random", "random weight", "weight-gradient head", "activation head", "weight-gradient contrast-kl",
-         "layer-retrain two layers", "participation-ratio", "participation-ratio full"}  # fmt: skip
-"""Those that need not find a planted neuron: controls, scores of other places, an objective without a pull, windows of
-one width, of which the layers at the ends share fewer, and spectra, which ask no passage."""
     "prefix-perturbation exact": PrefixPerturbation(score="exact", target="own", alternatives=3),
     "prefix-perturbation changed": PrefixPerturbation(score="changed", target="own", stride=3, memory_mb=1),
 }
 
-BLIND = {
-    "random", "random weight", "weight-gradient head", "activation head", "weight-gradient contrast-kl",
-    "prefix-perturbation", "prefix-perturbation exact", "prefix-perturbation changed",
-}  # fmt: skip
-"""Those that need not find a planted neuron: controls, scores of other places (tokens), and an objective without a pull."""
+BLIND: Mapping[str, str] = {
+    "random": "a control",
+    "random weight": "a control",
+    "weight-gradient contrast-kl": "an objective without a pull",
+    "weight-gradient head": "scores heads",
+    "activation head": "scores heads",
+    "logit-lens heads": "scores heads",
+    "zero-out head": "scores heads",
+    "grad-activation head": "scores heads",
+    "rare-token-heads": "scores heads",
+    "rare-token-heads suffix": "scores heads",
+    "rare-token-heads all": "scores heads",
+    "attention-bypass": "speaks of attention, which a planted neuron does without",
+    "attention-bypass head": "speaks of attention",
+    "attention-bypass window": "speaks of attention",
+    "attention-bypass quartile": "speaks of attention",
+    "activation-gradient": "says where the loss is steep, not what is read there",
+    "activation-gradient layer": "says where the loss is steep",
+    "activation-gradient position": "says where the loss is steep",
+    "activation-gradient head values": "scores heads",
+    "layer-retrain two layers": "the layers at the ends share fewer windows",
+    "participation-ratio": "a spectrum, which asks no passage",
+    "participation-ratio full": "a spectrum, which asks no passage",
+    "prefix-perturbation": "scores tokens",
+    "prefix-perturbation exact": "scores tokens",
+    "prefix-perturbation changed": "scores tokens",
+}
+"""Those that need not find a planted neuron, and why."""
 
-FINDERS = {*LOCALIZERS, *VARIANTS} - BLIND
+FINDERS = {*LOCALIZERS, *VARIANTS} - set(BLIND)
 
 
 def made(name: str, view: ModelView, folder: Path) -> Any:
