@@ -28,7 +28,6 @@ FLOORS: tuple[str, ...] = (
     "memloc.patterns memloc.rarity memloc.outcomes",
     "memloc.flows",
     "memloc.folding",
-    "memloc.gradient_norms",
     "memloc.paths memloc.refinement",
     "memloc.map_gradients",
     "memloc.curvature",

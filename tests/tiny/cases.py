@@ -17,8 +17,8 @@ from safetensors.torch import save_model
 
 from memloc.localizers.activation import Activation
 from memloc.localizers.activation_gradient import ActivationGradient
-from memloc.localizers.curvature import Curvature
 from memloc.localizers.attention_bypass import AttentionBypass
+from memloc.localizers.curvature import Curvature
 from memloc.localizers.grad_activation import GradActivation
 from memloc.localizers.integrated_gradients import IntegratedGradients
 from memloc.localizers.knowledge_neurons import CONVENTIONS, KnowledgeNeurons
@@ -94,6 +94,8 @@ VARIANTS: Mapping[str, Entry] = {
     "layer-rewind every window": rewinding(window=0),
     "layer-rewind component": rewinding(grain="component", window=2),
     "layer-rewind criticality": rewinding(score="criticality", kinds="attn.v,mlp.out", batch_size=2),
+    "curvature": "a ratio to ordinary text along quiet directions, where the loudest place need not be",
+    "curvature output": "asks of values and incoming weights only",
     "layer-retrain two layers": retraining(window=2, kinds="attn.v,mlp.in,mlp.out", batch_size=2),
     "participation-ratio full": ParticipationRatio(tokens="3-19", convention="full", centred=False),
     "activation head": Activation(grain="head"),
@@ -105,13 +107,6 @@ VARIANTS: Mapping[str, Entry] = {
     "prefix-perturbation changed": PrefixPerturbation(score="changed", target="own", stride=3, memory_mb=1),
 }
 
-BLIND = {"random", "random weight", "weight-gradient head", "activation head", "weight-gradient contrast-kl",
-         "grad-activation head", "activation-gradient", "activation-gradient layer", "activation-gradient position",
-         "activation-gradient head values",
-         "curvature", "curvature output"}  # fmt: skip
-"""Those that need not find a planted neuron: controls, scores of other places, an objective without a pull,
-and gradients by activations of other places than neurons, which say where the loss is steep, not what is read there;
-and ratios of what is read along directions that ordinary text leaves quiet, where the loudest place need not be."""
 BLIND: Mapping[str, str] = {
     "random": "a control",
     "random weight": "a control",
@@ -132,6 +127,8 @@ BLIND: Mapping[str, str] = {
     "activation-gradient layer": "says where the loss is steep",
     "activation-gradient position": "says where the loss is steep",
     "activation-gradient head values": "scores heads",
+    "curvature": "a ratio to ordinary text along quiet directions, where the loudest place need not be",
+    "curvature output": "asks of values and incoming weights only",
     "layer-retrain two layers": "the layers at the ends share fewer windows",
     "participation-ratio": "a spectrum, which asks no passage",
     "participation-ratio full": "a spectrum, which asks no passage",
