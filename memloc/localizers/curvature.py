@@ -118,9 +118,8 @@ class Curvature:
     def _split(self, contrast: Passages | None) -> tuple[Passages, Passages]:
         """Ordinary text to take curvature from, and to compare with: every fifth passage, at least one."""
         if not contrast or min(len(contrast), self.limit) < 2:
-            raise InputError(
-                f"curvature: {len(contrast or ())} passages of ordinary text; give two or more as contrast"
-            )
+            given = len(contrast or ())
+            raise InputError(f"curvature: {given} passages of ordinary text, limit {self.limit}; give two or more")
         count = min(len(contrast), self.limit)
         every = min(5, count)
         parts: tuple[list[Passage], list[Passage]] = ([], [])

@@ -94,8 +94,6 @@ VARIANTS: Mapping[str, Entry] = {
     "layer-rewind every window": rewinding(window=0),
     "layer-rewind component": rewinding(grain="component", window=2),
     "layer-rewind criticality": rewinding(score="criticality", kinds="attn.v,mlp.out", batch_size=2),
-    "curvature": "a ratio to ordinary text along quiet directions, where the loudest place need not be",
-    "curvature output": "asks of values and incoming weights only",
     "layer-retrain two layers": retraining(window=2, kinds="attn.v,mlp.in,mlp.out", batch_size=2),
     "participation-ratio full": ParticipationRatio(tokens="3-19", convention="full", centred=False),
     "activation head": Activation(grain="head"),
