@@ -9,6 +9,7 @@ LOCALIZERS = Registry(
     {
         "activation": "memloc.localizers.activation:Activation",
         "attention-bypass": "memloc.localizers.attention_bypass:AttentionBypass",
+        "ffn-memory": "memloc.localizers.ffn_memory:FfnMemory",
         "integrated-gradients": "memloc.localizers.integrated_gradients:IntegratedGradients",
         "random": "memloc.localizers.random:Random",
         "rare-token-heads": "memloc.localizers.rare_token_heads:RareTokenHeads",

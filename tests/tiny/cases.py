@@ -13,6 +13,7 @@ from typing import Any
 
 from memloc.localizers.activation import Activation
 from memloc.localizers.attention_bypass import AttentionBypass
+from memloc.localizers.ffn_memory import FfnMemory
 from memloc.localizers.integrated_gradients import IntegratedGradients
 from memloc.localizers.random import Random
 from memloc.localizers.rare_token_heads import RareTokenHeads
@@ -37,6 +38,7 @@ VARIANTS: Mapping[str, Entry] = {
     "attention-bypass head": AttentionBypass(grain="head"),
     "attention-bypass window": AttentionBypass(span="window"),
     "attention-bypass quartile": AttentionBypass(span="quartile"),
+    "ffn-memory agreeing": FfnMemory(agreeing=True, triggers=3, promotes=7, positions=5, readings=2),
     "activation head": Activation(grain="head"),
     "activation signed": Activation(signed=True, values=False),
     "random weight": Random(grain="weight"),
