@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -34,21 +34,22 @@ SHOWN = 5
 
 @dataclass(frozen=True, kw_only=True)
 class FfnMemory:
-    """Score of a neuron = what its memory adds to the logit of the suffix's tokens, over the vocabulary's mean.
+    """Score of a neuron = what it adds to the logits of those suffix tokens that its own memory promotes.
 
     A neuron is a key (the texts that wake it) and a value v [d] (the tokens it then promotes). Where the suffix's token
     y is predicted, with w what enters `mlp.out`, e_y and ē the unembedding's row of y and the mean of all rows, γ the
     final norm's gain, σ what it divides by there, and v̂ the value (its mean taken away under a layer norm):
 
-        score = mean over the suffix of w (e_y - ē)ᵀ (γ ⊙ v̂) / σ
+        score = mean over the suffix of [y is among the tokens v promotes most] · w (e_y - ē)ᵀ (γ ⊙ v̂) / σ
 
-    in logits, signed, the direct way only: what later layers make of it is left out. One axis of passages.
+    in logits above the vocabulary's mean, signed, the direct way only: what later layers make of it is left out. A
+    memory that says y counts, one that merely leans to it does not: fewer nats, but more of this suffix and less of
+    all text. One axis of passages.
 
     Attributes:
-        agreeing: count only where y is among the `promotes` tokens that the value promotes most: memories that say y,
-            not those that lean to it.
+        counts: "agreeing", as above; or "all": without the bracket, plain direct attribution.
         triggers: contexts kept a neuron, over `contrast` if given (ordinary text), else over the passages.
-        promotes: tokens kept of what each value promotes and suppresses most.
+        promotes: how many tokens a value is said to promote most, and to suppress most.
         readings: for so many of the best neurons the notes spell out triggers, promoted and suppressed tokens.
         positions: suffix positions, at most, at which layers' outputs are compared with their neurons' (0: none).
         table: a file in which the triggers are kept, part by part; a run that finds it goes on where it ended.
@@ -69,7 +70,7 @@ class FfnMemory:
     the shuffled control and the table of fixed size are ours.
     """
 
-    agreeing: bool = False
+    counts: Literal["agreeing", "all"] = "agreeing"
     triggers: int = 25
     promotes: int = 10
     readings: int = 20
@@ -146,7 +147,7 @@ class FfnMemory:
             for site in view.sites(Kind.MLP_OUT):
                 weight = view.weight(site).detach().to(wanted)
                 share = heard[site.layer].neurons.to(wanted) * (wanted @ weight)
-                if self.agreeing:
+                if self.counts == "agreeing":
                     share = share * _says(values.most[site.layer].to(token.device), token)
                 total = share.new_zeros(len(batch), view.neurons).index_add(0, row, share)
                 scores[site.layer][list(batch.rows)] = total.cpu() / count

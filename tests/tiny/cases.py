@@ -38,7 +38,7 @@ VARIANTS: Mapping[str, Entry] = {
     "attention-bypass head": AttentionBypass(grain="head"),
     "attention-bypass window": AttentionBypass(span="window"),
     "attention-bypass quartile": AttentionBypass(span="quartile"),
-    "ffn-memory agreeing": FfnMemory(agreeing=True, triggers=3, promotes=7, positions=5, readings=2),
+    "ffn-memory all": FfnMemory(counts="all", triggers=3, promotes=7, positions=5, readings=2),
     "activation head": Activation(grain="head"),
     "activation signed": Activation(signed=True, values=False),
     "random weight": Random(grain="weight"),

@@ -312,7 +312,7 @@ def slow_score(view, passage):
 @every_family
 def test_the_score_is_what_leaves_the_logit_with_the_neuron(family, view_of):
     view, passages = view_of(family, torch.float64), zoo.passages(2)
-    found = FfnMemory(positions=0, readings=0)(view, passages)
+    found = FfnMemory(counts="all", positions=0, readings=0)(view, passages)
     expected = slow_score(view, passages[1])
     for site, scores in found.scores.items():
         assert_close(scores[1].double(), expected[site.layer], atol=1e-6, rtol=1e-5)
@@ -322,9 +322,9 @@ def test_the_score_is_what_leaves_the_logit_with_the_neuron(family, view_of):
 def test_agreeing_counts_only_where_the_value_says_the_token(view_of):
     """With all tokens promoted nothing is left out; with one, only positions whose token is the value's first."""
     view, passages = view_of("gpt2", torch.float64), zoo.passages(3)
-    plain = FfnMemory()(view, passages)
-    every = FfnMemory(agreeing=True, promotes=zoo.VOCAB)(view, passages)
-    first = FfnMemory(agreeing=True, promotes=1)(view, passages)
+    plain = FfnMemory(counts="all")(view, passages)
+    every = FfnMemory(promotes=zoo.VOCAB)(view, passages)
+    first = FfnMemory(promotes=1)(view, passages)
     tops = Promoted.of(
         DirectPath.of(view), count=1, targets=torch.zeros(view.layers, view.neurons, 1, dtype=torch.long)
     )
