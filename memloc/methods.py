@@ -12,6 +12,7 @@ LOCALIZERS = Registry(
         "attention-bypass": "memloc.localizers.attention_bypass:AttentionBypass",
         "grad-activation": "memloc.localizers.grad_activation:GradActivation",
         "hard-concrete": "memloc.localizers.hard_concrete:HardConcrete",
+        "ffn-memory": "memloc.localizers.ffn_memory:FfnMemory",
         "integrated-gradients": "memloc.localizers.integrated_gradients:IntegratedGradients",
         "knowledge-neurons": "memloc.localizers.knowledge_neurons:KnowledgeNeurons",
         "layer-retrain": "memloc.localizers.layer_retrain:LayerRetrain",

@@ -19,6 +19,7 @@ from memloc.localizers.activation import Activation
 from memloc.localizers.activation_gradient import ActivationGradient
 from memloc.localizers.attention_bypass import AttentionBypass
 from memloc.localizers.grad_activation import GradActivation
+from memloc.localizers.ffn_memory import FfnMemory
 from memloc.localizers.integrated_gradients import IntegratedGradients
 from memloc.localizers.knowledge_neurons import CONVENTIONS, KnowledgeNeurons
 from memloc.localizers.layer_retrain import LayerRetrain
@@ -93,6 +94,7 @@ VARIANTS: Mapping[str, Entry] = {
     "layer-rewind criticality": rewinding(score="criticality", kinds="attn.v,mlp.out", batch_size=2),
     "layer-retrain two layers": retraining(window=2, kinds="attn.v,mlp.in,mlp.out", batch_size=2),
     "participation-ratio full": ParticipationRatio(tokens="3-19", convention="full", centred=False),
+    "ffn-memory all": FfnMemory(counts="all", triggers=3, promotes=7, positions=5, readings=2),
     "activation head": Activation(grain="head"),
     "activation signed": Activation(signed=True, values=False),
     "random weight": Random(grain="weight"),
