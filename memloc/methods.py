@@ -9,6 +9,7 @@ LOCALIZERS = Registry(
     {
         "activation": "memloc.localizers.activation:Activation",
         "activation-gradient": "memloc.localizers.activation_gradient:ActivationGradient",
+        "curvature": "memloc.localizers.curvature:Curvature",
         "attention-bypass": "memloc.localizers.attention_bypass:AttentionBypass",
         "grad-activation": "memloc.localizers.grad_activation:GradActivation",
         "hard-concrete": "memloc.localizers.hard_concrete:HardConcrete",

@@ -31,6 +31,7 @@ FLOORS: tuple[str, ...] = (
     "memloc.gradient_norms",
     "memloc.paths memloc.refinement",
     "memloc.map_gradients",
+    "memloc.curvature",
     "memloc.attribution",
     "memloc.gates",
     "memloc.variants memloc.learned_masks",

@@ -17,6 +17,7 @@ from safetensors.torch import save_model
 
 from memloc.localizers.activation import Activation
 from memloc.localizers.activation_gradient import ActivationGradient
+from memloc.localizers.curvature import Curvature
 from memloc.localizers.attention_bypass import AttentionBypass
 from memloc.localizers.grad_activation import GradActivation
 from memloc.localizers.ffn_memory import FfnMemory
@@ -74,6 +75,8 @@ VARIANTS: Mapping[str, Entry] = {
     **{f"activation-gradient {grain}": ActivationGradient(grain=grain) for grain in ("layer", "neuron", "position")},
     "activation-gradient head values": ActivationGradient(grain="head", parts="v", reduce="top-10%"),
     "activation-gradient inside": ActivationGradient(parts="z,post", positions="predicting", scale="raw"),
+    "curvature output": Curvature(energy="output", correction=True, measure="share", kinds="attn.v,mlp.in"),
+    **{f"curvature {grain}": Curvature(grain=grain, positions="all") for grain in ("neuron", "weight")},
     **{f"grad-activation {grain}": GradActivation(grain=grain) for grain in ("head", "component", "layer")},
     "integrated-gradients last": IntegratedGradients(position="last", memory_mb=1),
     "integrated-gradients inclusive": IntegratedGradients(quadrature="inclusive", nodes=20),
@@ -104,6 +107,13 @@ VARIANTS: Mapping[str, Entry] = {
     "prefix-perturbation changed": PrefixPerturbation(score="changed", target="own", stride=3, memory_mb=1),
 }
 
+BLIND = {"random", "random weight", "weight-gradient head", "activation head", "weight-gradient contrast-kl",
+         "grad-activation head", "activation-gradient", "activation-gradient layer", "activation-gradient position",
+         "activation-gradient head values",
+         "curvature", "curvature output"}  # fmt: skip
+"""Those that need not find a planted neuron: controls, scores of other places, an objective without a pull,
+and gradients by activations of other places than neurons, which say where the loss is steep, not what is read there;
+and ratios of what is read along directions that ordinary text leaves quiet, where the loudest place need not be."""
 BLIND: Mapping[str, str] = {
     "random": "a control",
     "random weight": "a control",
