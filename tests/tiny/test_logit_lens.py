@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from functools import cache
 
 import pytest
@@ -14,7 +15,7 @@ from memloc.batches import batches
 from memloc.errors import InputError, ModelError
 from memloc.localizers.logit_lens import LogitLens
 from memloc.objectives import suffix_logprobs
-from memloc.readout import Lens, lens, spoken_at
+from memloc.readout import Lens, lens, lens_table, spoken_at
 from memloc.sites import OUTSIDE, Grain, Kind, Site
 from memloc.view import ModelView
 
@@ -224,6 +225,15 @@ def test_first_on_top_and_on_top_from_by_hand():
     none = torch.zeros(4)
     found = Lens(rank, -rank.double(), none, none, none)
     assert found.first.tolist() == [0, 1, 2, 4] and found.steady.tolist() == [2, 3, 2, 4]
+
+
+def test_the_table_of_a_passage_is_its_lens_as_plain_numbers(view_of):
+    view, passages = view_of("qwen2"), zoo.passages(2)
+    table, found = lens_table(view, passages[1]), lens(view, first_batch(passages[1:]))
+    assert table == json.loads(json.dumps(table)) and table["layers"] == ["embedding", "L0", "L1", "L2"]
+    assert table["tokens"] == [f"⟨{token}⟩" for token in passages[1].suffix]
+    assert_close(torch.tensor(table["probability"]), found.logprob.exp())
+    assert table["rank"] == found.rank.tolist() and table["first"] == found.first.tolist()
 
 
 def test_settings_that_cannot_be_used_are_refused(view_of):
