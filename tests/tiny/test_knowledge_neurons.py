@@ -11,16 +11,17 @@ import zoo
 from torch.testing import assert_close
 
 from memloc.batches import batches
+from memloc.checks import check_localizer
 from memloc.errors import InputError, ModelError
 from memloc.localizers.integrated_gradients import IntegratedGradients
 from memloc.localizers.knowledge_neurons import CONVENTIONS, KnowledgeNeurons
 from memloc.measures.neuron_effects import neuron_effects, selections_of
 from memloc.passages import Facts, Passages
-from memloc.paths import activation_of
 from memloc.scores import selected
 from memloc.sites import Grain, Kind, Site
 from memloc.truth.planted import plant
 from memloc.view import ModelView
+from memloc.ways import activation_of
 
 every_family = pytest.mark.parametrize("family", zoo.FAMILIES)
 UNGATED = ("gpt2", "gpt_neo", "gpt_neox")
@@ -97,6 +98,13 @@ def test_pre_activations_are_scaled_on_request(family, quadrature, view_of):
         expected = slow_scores(view, passages[index], quadrature, "pre-activation")
         assert_close(found[:, row], expected, atol=1e-8, rtol=0)
     assert float((found - other).abs().max()) > 1e-4, "the two sites are two scores"
+
+
+@pytest.mark.parametrize("family", UNGATED)
+@pytest.mark.parametrize("method", [IntegratedGradients, KnowledgeNeurons])
+def test_the_battery_holds_for_pre_activations(method, family, view_of):
+    rough = method(site="pre-activation", quadrature="inclusive", memory_mb=1)
+    check_localizer(rough, view_of(family), zoo.passages(3), contrast=zoo.passages(2, seed=9))
 
 
 @pytest.mark.parametrize("family", GATED)

@@ -204,20 +204,20 @@ def test_lens_scores_sum_to_the_models_own_logprob(family, view_of):
     batch = first_batch(passages)
     with torch.no_grad():
         own = suffix_logprobs(view, batch).sum(1) / (batch.length - batch.prefix)
-    start = torch.tensor(found.notes["logprob"])[0] * len(passages)
+    start = found.notes["layers"]["embedding"]["logprob"] * len(passages)
     total = sum(scores.sum() for scores in found.scores.values())
     assert_close(total + start, own.sum(), atol=1e-4, rtol=1e-4)
-    for name in ("logprob", "rank", "on_top"):
-        assert len(found.notes[name]) == view.layers + 1
+    assert list(found.notes["layers"]) == ["embedding", *(f"L{layer}" for layer in range(view.layers))]
     assert len(found.notes["first_on_top"]) == len(found.notes["on_top_from"]) == len(passages)
 
 
 def test_what_the_model_predicts_is_on_top_last(view_of):
     view, passages = view_of("mistral"), zoo.passages(3)
     notes = LogitLens(of="prediction")(view, passages).notes
-    assert notes["on_top"][-1] == 1 and notes["rank"][-1] == 0
+    last = f"L{view.layers - 1}"
+    assert notes["layers"][last]["on_top"] == 1 and notes["layers"][last]["rank"] == 0
     assert max(notes["on_top_from"]) <= view.layers
-    assert LogitLens()(view, passages).notes["on_top"][-1] < 1, "random suffixes are not predicted"
+    assert LogitLens()(view, passages).notes["layers"][last]["on_top"] < 1, "random suffixes are not predicted"
 
 
 def test_first_on_top_and_on_top_from_by_hand():
