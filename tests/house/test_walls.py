@@ -47,6 +47,8 @@ FLOORS: tuple[str, ...] = (
     "memloc.objectives memloc.cached memloc.moments memloc.decoding memloc.costs",
     "memloc.patterns memloc.rarity memloc.outcomes memloc.triggers memloc.promoted",
     "memloc.composition",
+    "memloc.ways memloc.attribution memloc.refinement",
+    "memloc.paths",
     "memloc.truth memloc.lab",
     "memloc.checks memloc.measures",
     "memloc.localizers",
