@@ -10,6 +10,7 @@ LOCALIZERS = Registry(
         "activation": "memloc.localizers.activation:Activation",
         "hard-concrete": "memloc.localizers.hard_concrete:HardConcrete",
         "integrated-gradients": "memloc.localizers.integrated_gradients:IntegratedGradients",
+        "outlier-set": "memloc.localizers.outlier_set:OutlierSet",
         "random": "memloc.localizers.random:Random",
         "slimming": "memloc.localizers.slimming:Slimming",
         "weight-gradient": "memloc.localizers.weight_gradient:WeightGradient",

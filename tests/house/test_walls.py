@@ -26,7 +26,7 @@ FLOORS: tuple[str, ...] = (
     "memloc.view",
     "memloc.objectives memloc.cached memloc.moments memloc.decoding memloc.costs",
     "memloc.gates",
-    "memloc.variants memloc.learned_masks",
+    "memloc.variants memloc.learned_masks memloc.joint",
     "memloc.truth memloc.lab",
     "memloc.checks memloc.measures",
     "memloc.localizers",

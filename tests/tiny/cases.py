@@ -12,8 +12,11 @@ from pathlib import Path
 from typing import Any
 
 from memloc.localizers.activation import Activation
+from memloc.localizers.hard_concrete import HardConcrete
 from memloc.localizers.integrated_gradients import IntegratedGradients
+from memloc.localizers.outlier_set import OutlierSet
 from memloc.localizers.random import Random
+from memloc.localizers.slimming import Slimming
 from memloc.localizers.weight_gradient import WeightGradient
 from memloc.localizers.zero_out import ZeroOut
 from memloc.methods import LOCALIZERS
@@ -21,7 +24,10 @@ from memloc.view import ModelView
 
 Entry = Any | Callable[[ModelView, Path], Any]
 
-DEFAULTS: Mapping[str, Entry] = {}
+DEFAULTS: Mapping[str, Entry] = {
+    "hard-concrete": HardConcrete(steps=8, every=2),
+    "slimming": Slimming(steps=8, every=2),
+}
 
 VARIANTS: Mapping[str, Entry] = {
     **{f"weight-gradient {grain}": WeightGradient(grain=grain) for grain in ("layer", "head", "neuron", "weight")},
@@ -34,6 +40,9 @@ VARIANTS: Mapping[str, Entry] = {
     "activation head": Activation(grain="head"),
     "activation signed": Activation(signed=True, values=False),
     "random weight": Random(grain="weight"),
+    "slimming head": Slimming(grain="head", steps=30, learning_rate=0.05),
+    "hard-concrete head": HardConcrete(grain="head", steps=30, stop=0.8),
+    "outlier-set exact": OutlierSet(until="exact", growth=2),
     "zero-out head": ZeroOut(grain="head", memory_mb=1),
     "zero-out shortlist": ZeroOut(mode="shortlist", verify=15, audit=5),
 }
@@ -45,6 +54,8 @@ BLIND = {
     "activation head",
     "weight-gradient contrast-kl",
     "zero-out head",
+    "slimming head",
+    "hard-concrete head",
 }
 """Those that need not find a planted neuron: controls, scores of other places, and an objective without a pull."""
 
