@@ -1,4 +1,4 @@
-"""Joint selection: the best few are silenced, what is left is scored again, and so on; single scores miss joint effects.
+"""Joint selection: the best few are silenced, the rest is scored again, and so on; single scores miss joint effects.
 
 Two units that say the same cover for each other: silenced alone, neither is missed. Scored again without the first, the
 second is. It works with any localizer that scores neurons or heads, and writes no weight: the localizer simply looks at
