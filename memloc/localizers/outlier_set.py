@@ -123,7 +123,7 @@ class OutlierSet:
 
     def _levels(self, unusual: Tensor, loud: Tensor) -> Tensor:
         """The level at which each neuron becomes a candidate, [l, f]; `_count()` where it never does."""
-        by_deviation = torch.ceil((self.highest - unusual) / self.step + 1e-9).clamp_min(0)
+        by_deviation = (torch.floor((self.highest - unusual) / self.step) + 1).clamp_min(0)
         rank = loud.abs().argsort(dim=-1, descending=True, stable=True).argsort(-1)
         by_size = rank // self.growth if self.growth else torch.full_like(rank, self._count())
         return torch.minimum(by_deviation, by_size.to(by_deviation)).clamp_max(self._count()).long()

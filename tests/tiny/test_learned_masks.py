@@ -19,7 +19,7 @@ from memloc.sites import Kind
 
 
 def slow_mask(view, item, gates_of, penalty_of, *, start, steps, rate, high=None):
-    """[l, f] by torch's Adam: gates as columns of weights in a functional call, the loss by transformers' own logits."""
+    """[l, f] by torch's Adam: gates as columns of weights in a functional call, the loss of the model's logits."""
     sites = view.sites(Kind.MLP_OUT)
     learned = torch.full((len(sites), view.neurons), start, dtype=torch.float64, requires_grad=True)
     descent = torch.optim.Adam([learned], lr=rate)
@@ -79,7 +79,8 @@ def test_hard_concrete_is_adam_on_noisy_columns_of_the_weights(family, view_of):
 
 
 @pytest.mark.parametrize(
-    "method", [Slimming(steps=30, learning_rate=0.05, stop=0.4, every=1), HardConcrete(steps=60, stop=0.6, every=1)]
+    "method",
+    [Slimming(steps=30, learning_rate=0.05, stop=0.4, every=1), HardConcrete(steps=80, stop=0.6, every=1, penalty=2.0)],
 )
 def test_masks_learned_together_are_those_learned_alone(method, view_of):
     """Also where passages are done at different steps and leave the run: the others notice nothing."""
