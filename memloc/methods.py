@@ -21,6 +21,7 @@ LOCALIZERS = Registry(
         "logit-lens": "memloc.localizers.logit_lens:LogitLens",
         "participation-ratio": "memloc.localizers.participation_ratio:ParticipationRatio",
         "prefix-perturbation": "memloc.localizers.prefix_perturbation:PrefixPerturbation",
+        "outlier-set": "memloc.localizers.outlier_set:OutlierSet",
         "random": "memloc.localizers.random:Random",
         "rare-token-heads": "memloc.localizers.rare_token_heads:RareTokenHeads",
         "slimming": "memloc.localizers.slimming:Slimming",

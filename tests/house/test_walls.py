@@ -49,6 +49,7 @@ FLOORS: tuple[str, ...] = (
     "memloc.composition",
     "memloc.ways memloc.attribution memloc.refinement",
     "memloc.paths",
+    "memloc.variants memloc.learned_masks memloc.joint",
     "memloc.truth memloc.lab",
     "memloc.checks memloc.measures",
     "memloc.localizers",

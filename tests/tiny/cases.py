@@ -30,6 +30,11 @@ from memloc.localizers.participation_ratio import ParticipationRatio
 from memloc.localizers.prefix_perturbation import PrefixPerturbation
 from memloc.localizers.random import Random
 from memloc.localizers.rare_token_heads import RareTokenHeads
+from memloc.localizers.hard_concrete import HardConcrete
+from memloc.localizers.integrated_gradients import IntegratedGradients
+from memloc.localizers.outlier_set import OutlierSet
+from memloc.localizers.random import Random
+from memloc.localizers.slimming import Slimming
 from memloc.localizers.weight_gradient import WeightGradient
 from memloc.localizers.zero_out import ZeroOut
 from memloc.methods import LOCALIZERS
@@ -61,6 +66,10 @@ def retraining(**settings: Any) -> Callable[[ModelView, Path], Any]:
 
 
 DEFAULTS: Mapping[str, Entry] = {"layer-rewind": rewinding(), "layer-retrain": retraining()}
+DEFAULTS: Mapping[str, Entry] = {
+    "hard-concrete": HardConcrete(steps=8, every=2),
+    "slimming": Slimming(steps=8, every=2),
+}
 
 VARIANTS: Mapping[str, Entry] = {
     **{f"weight-gradient {grain}": WeightGradient(grain=grain) for grain in ("layer", "head", "neuron", "weight")},
@@ -101,6 +110,9 @@ VARIANTS: Mapping[str, Entry] = {
     "activation head": Activation(grain="head"),
     "activation signed": Activation(signed=True, values=False),
     "random weight": Random(grain="weight"),
+    "slimming head": Slimming(grain="head", steps=30, learning_rate=0.05),
+    "hard-concrete head": HardConcrete(grain="head", steps=30, stop=0.8),
+    "outlier-set exact": OutlierSet(until="exact", growth=2),
     "zero-out head": ZeroOut(grain="head", memory_mb=1),
     "zero-out shortlist": ZeroOut(mode="shortlist", verify=15, audit=5),
     "prefix-perturbation exact": PrefixPerturbation(score="exact", target="own", alternatives=3),
@@ -140,6 +152,15 @@ BLIND: Mapping[str, str] = {
     "prefix-perturbation": "scores tokens",
     "prefix-perturbation exact": "scores tokens",
     "prefix-perturbation changed": "scores tokens",
+BLIND = {
+    "random",
+    "random weight",
+    "weight-gradient head",
+    "activation head",
+    "weight-gradient contrast-kl",
+    "zero-out head",
+    "slimming head",
+    "hard-concrete head",
 }
 """Those that need not find a planted neuron, and why."""
 
