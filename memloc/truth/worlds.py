@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
@@ -32,6 +33,11 @@ WORLDS = Registry(
     "world",
     {
         "planted": "memloc.truth.planting:PLANTED",
+        "inj": "memloc.truth.injected:INJ",
+        "inj-free": "memloc.truth.injected:FREE",
+        "inj-in": "memloc.truth.injected:KEYS",
+        "inj-heads": "memloc.truth.injected:HEADS",
+        "inj-field": "memloc.truth.injected:FIELD",
     },
 )
 """Name to "module:instance" of a `World`: one line each."""
@@ -48,6 +54,7 @@ class Ground:
         unknown: passages of the same kind it was never trained on.
         text: ordinary text it was not trained on.
         seed: of every draw a world makes.
+        keep: folder where a world may keep what is dear to make, or None.
     """
 
     name: str
@@ -56,6 +63,7 @@ class Ground:
     unknown: Passages | None = None
     text: Passages | None = None
     seed: int = 0
+    keep: Path | None = None
 
     def need(self, *names: str) -> None:
         """Refuse a ground without these.
