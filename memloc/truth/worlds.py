@@ -20,7 +20,7 @@ from memloc.passages import Passages
 from memloc.provenance import Provenance
 from memloc.registry import Registry
 from memloc.scores import Localization, Selection
-from memloc.sites import Site
+from memloc.sites import Grain, Site
 from memloc.view import ModelView
 
 TIMES = (1, 2, 5)
@@ -38,6 +38,9 @@ WORLDS = Registry(
         "inj-in": "memloc.truth.injected:KEYS",
         "inj-heads": "memloc.truth.injected:HEADS",
         "inj-field": "memloc.truth.injected:FIELD",
+        "del": "memloc.truth.deletion:DEL",
+        "del-mean": "memloc.truth.deletion:MEAN",
+        "del-resample": "memloc.truth.deletion:RESAMPLE",
     },
 )
 """Name to "module:instance" of a `World`: one line each."""
@@ -105,6 +108,11 @@ class Known:
     def share(self) -> float:
         """Share of the places that are gold."""
         return self.answer.fraction
+
+    @property
+    def grain(self) -> Grain:
+        """What a localizer should score here."""
+        return Grain.NEURON if self.gold is None else self.gold.grain
 
     @property
     def answer(self) -> Selection:
