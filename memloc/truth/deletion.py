@@ -10,6 +10,7 @@ import math
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Literal
 
 import torch
@@ -45,7 +46,7 @@ class State:
 
     @property
     def perplexity(self) -> float:
-        """e to the nats per token."""
+        """Of a token: e to the nats."""
         return math.exp(min(self.nll, 700.0))
 
 
@@ -71,17 +72,17 @@ class Deletion:
         others: other memorized passages that should stay.
         windows: of ordinary text.
 
-    Source: Chang et al. 2024, arXiv:2311.09060, section 3.2, with perplexity as e^nats. Mean and resample ablation and
-    the curve over shares are ours.
+    Source: Chang et al. 2024, arXiv:2311.09060, section 3.2, at shares .001 and .005, with perplexity as e^nats (the
+    published figures are 2^nats). Mean and resample ablation and the curve up to a fifth of a layer are ours.
     """
 
     how: How = "zero"
-    shares: tuple[float, ...] = (0.001, 0.005, 0.01, 0.02, 0.05)
-    distances: tuple[float, ...] = (0.005,)
+    shares: tuple[float, ...] = (0.001, 0.005, 0.02, 0.05, 0.1, 0.2)
+    distances: tuple[float, ...] = (0.005, 0.05)
     first_layer: bool = False
     sequences: int = 5
-    others: int = 12
-    windows: int = 12
+    others: int = 8
+    windows: int = 8
     headline: str = "selectivity"
 
     def __post_init__(self) -> None:
@@ -158,8 +159,8 @@ def curve_area(shares: Sequence[float], heights: Sequence[float]) -> float:
     """Mean height of a curve over the logarithm of the share, by the trapezoid rule; the height itself of one point."""
     if len(shares) == 1:
         return heights[0]
-    steps = [math.log(right / left) for left, right in zip(shares, shares[1:], strict=False)]
-    middles = [(left + right) / 2 for left, right in zip(heights, heights[1:], strict=False)]
+    steps = [math.log(right / left) for left, right in pairwise(shares)]
+    middles = [(left + right) / 2 for left, right in pairwise(heights)]
     return sum(step * middle for step, middle in zip(steps, middles, strict=True)) / sum(steps)
 
 
@@ -196,17 +197,18 @@ class _Judge:
         """
         mean = found.mean()
         if mean.grain is not Grain.NEURON:
-            raise MismatchError(f"{found.provenance.method} scored {mean.grain}s; neurons are dropped here")
+            raise MismatchError(f"{found.provenance.method} scores {mean.grain}s, and no neurons")
         kept = {site: scores for site, scores in mean.scores.items() if site.layer or self.world.first_layer}
         if not kept:
             raise MismatchError(f"{found.provenance.method} scored no layer but the first, which is left out here")
         places = Localization(mean.grain, kept, mean.provenance)
         figures: dict[str, float] = {}
-        heights = []
+        heights: dict[str, list[float]] = {"selectivity": [], "nll selectivity": []}
         for share in self.world.shares:
             figures |= self._effects(known.view, places.top(fraction=share, per="site"), share)
-            heights.append(figures[f"selectivity@{_percent(share)}"])
-        return {"selectivity": curve_area(self.world.shares, heights), **figures}
+            for name, curve in heights.items():
+                curve.append(figures[f"{name}@{_percent(share)}"])
+        return {**{name: curve_area(self.world.shares, curve) for name, curve in heights.items()}, **figures}
 
     def told(self, view: ModelView) -> dict[str, float]:
         """The undamaged model, for the notes."""
@@ -221,12 +223,14 @@ class _Judge:
             after = self._states(view, distance=far)
         label = _percent(share)
         lost = {who: self._clean[who].accuracy - now.accuracy for who, now in after.items()}
+        risen = {who: now.nll - self._clean[who].nll for who, now in after.items()}
         figures = {
             f"selectivity@{label}": lost["self"] - lost["other"],
+            f"nll selectivity@{label}": risen["self"] - risen["other"],
             f"self accuracy lost@{label}": lost["self"],
             f"other accuracy lost@{label}": lost["other"],
-            f"self nll@{label}": after["self"].nll - self._clean["self"].nll,
-            f"other nll@{label}": after["other"].nll - self._clean["other"].nll,
+            f"self nll@{label}": risen["self"],
+            f"other nll@{label}": risen["other"],
             f"text perplexity@{label}": after["text"].perplexity - self._clean["text"].perplexity,
         }
         for who in ("self", "other") if far else ():

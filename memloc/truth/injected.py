@@ -52,7 +52,7 @@ class Injected:
     learning_rate: float = 1e-2
     steps: int = 200
     target: float = 0.05
-    headline: str = "recall@1 of ceiling"
+    headline: str = "recall@1/ceiling"
 
     def __post_init__(self) -> None:
         """Raises InputError: settings that give no known answer."""

@@ -168,7 +168,7 @@ def recall(found: Localization, gold: Selection, times: float = 1, *, per: str =
     """
     mean = found.mean()
     if mean.grain != gold.grain:
-        raise MismatchError(f"{found.provenance.method} scored {mean.grain}s; the answer here is of {gold.grain}s")
+        raise MismatchError(f"{found.provenance.method} scores {mean.grain}s, and no {gold.grain}s")
     for site, mask in gold.masks.items():
         if site not in mean.scores or mean.scores[site].shape != mask.shape:
             raise MismatchError(f"{found.provenance.method} gave no scores for the {mask.numel()} places at {site}")
@@ -219,7 +219,7 @@ def expected_ceiling(layers: int, neurons: int, share: float, times: float = 1) 
 def recalls(known: Known, found: Localization) -> dict[str, float]:
     """Recall at 1, 2 and 5 times the gold's share, per layer and over the model, each with ceiling and chance.
 
-    "recall@1" is per layer, "recall@1 of ceiling" that over what can be reached, "recall@1 model" over the model.
+    "recall@1" is per layer, "recall@1/ceiling" that over what can be reached, "recall@1 model" over the model.
     """
     gold = known.answer
     figures: dict[str, float] = {}
@@ -227,7 +227,7 @@ def recalls(known: Known, found: Localization) -> dict[str, float]:
         reached, most = recall(found, gold, times), ceiling(gold, times)
         figures |= {
             f"recall@{times}": reached,
-            f"recall@{times} of ceiling": reached / most,
+            f"recall@{times}/ceiling": reached / most,
             f"recall@{times} ceiling": most,
             f"recall@{times} chance": chance(gold, times),
             f"recall@{times} model": recall(found, gold, times, per="model"),
