@@ -72,10 +72,10 @@ FLOORS: tuple[str, ...] = (
 
 HOOKS = {"memloc/hooks.py"}
 WRITERS = {
-    "editors/edit.py", "editors/descent.py", "memloc/architectures.py", "memloc/truth/planted.py", "memloc/lab",
+    "editors/edit.py", "editors/descent.py", "memloc/architectures.py", "memloc/truth/planted.py", "memloc/truth/injection.py", "memloc/lab",
 }  # fmt: skip
 """Who may write a weight: the edit, which alone writes into a model it was given; the one line it writes through; and
-those that write into models of their own (descent and planting into a copy, the lab into what it trains)."""
+those that write into models of their own (descent, planting and injecting into a copy, the lab into what it trains)."""
 
 HANDLES = {"parameter", "weight", "get_parameter", "parameters", "named_parameters", "state_dict"}
 """Method calls that hand out a model's own tensors."""
