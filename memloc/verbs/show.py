@@ -37,6 +37,25 @@ def run(arguments: argparse.Namespace, terminal: Terminal) -> None:
         print_localization(found, terminal, arguments.top)
         terminal.result(localization_json(found, arguments.top, None))
         return
+    if header["kind"] == "selection":
+        _selection(arguments, terminal)
+        return
     rows = [[key, json.dumps(value, ensure_ascii=False)] for key, value in sorted(header.items())]
     terminal.table(f"{arguments.file}: {header['kind']}", ["", ""], rows)
     terminal.result(header)
+
+
+def _selection(arguments: argparse.Namespace, terminal: Terminal) -> None:
+    from memloc.profiles import chosen_by_layer
+    from memloc.scores import Selection
+
+    chosen = Selection.load(arguments.file)
+    places = [(str(site), index) for site, entries in chosen.indices().items() for index in entries]
+    share = f"{chosen.count} {chosen.grain}s, {100 * chosen.fraction:.3g} % of those scored"
+    terminal.table(f"selection by {chosen.provenance.method}: {share}", ["layer", "chosen"],
+                   [list(row) for row in chosen_by_layer(chosen).items()])  # fmt: skip
+    terminal.table(f"first {min(arguments.top, len(places))}", ["place", "index"], places[: arguments.top])
+    terminal.result({
+        "kind": "selection", "grain": str(chosen.grain), "count": chosen.count, "fraction": chosen.fraction,
+        "provenance": chosen.provenance.to_json(), "places": places,
+    })  # fmt: skip

@@ -21,7 +21,7 @@ FLOORS: tuple[str, ...] = (
     "memloc memloc.errors memloc.statistics memloc.progress memloc.hooks",
     "memloc.sites memloc.provenance memloc.registry memloc.flags memloc.terminal memloc.store memloc.snapshots",
     "memloc.architectures memloc.passages memloc.methods memloc.measurement memloc.scores",
-    "memloc.batches memloc.profiles memloc.loading",
+    "memloc.batches memloc.profiles memloc.loading memloc.agreement memloc.significance",
     "memloc.proof",
     "memloc.view",
     "memloc.objectives memloc.cached memloc.moments memloc.decoding memloc.costs memloc.parts",
