@@ -32,6 +32,7 @@ WORLDS = Registry(
     "world",
     {
         "planted": "memloc.truth.planting:PLANTED",
+        "sinks": "memloc.truth.sinks:SINKS",
     },
 )
 """Name to "module:instance" of a `World`: one line each."""
