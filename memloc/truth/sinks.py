@@ -133,7 +133,7 @@ class Sinks:
             "text_nll": (nothing, made.text, None),
             "text_nll_dropped": (gold, made.text, None),
         }
-        notes = {}
+        notes: dict[str, float] = {}
         for key, (dropped, passages, tied) in asked.items():
             loss, right = made.without(dropped, passages, only_tied=tied)
             notes |= {key: loss, key.replace("nll", "accuracy"): right}

@@ -33,6 +33,7 @@ WORLDS = Registry(
     {
         "planted": "memloc.truth.planting:PLANTED",
         "sinks": "memloc.truth.sinks:SINKS",
+        "wrong-sums": "memloc.truth.wrong_sums:WRONG_SUMS",
     },
 )
 """Name to "module:instance" of a `World`: one line each."""

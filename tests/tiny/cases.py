@@ -28,7 +28,6 @@ from memloc.view import ModelView
 Entry = Any | Callable[[ModelView, Path], Any]
 
 
-
 def before(view: ModelView, folder: Path) -> str:
     """A checkpoint folder of the same shape: the model with the maps of its blocks at half size."""
     earlier = copy.deepcopy(view.model)
