@@ -65,9 +65,10 @@ def retraining(**settings: Any) -> Callable[[ModelView, Path], Any]:
     return lambda view, folder: LayerRetrain(earlier=before(view, folder), **{"steps": 3, "rows": 2, **settings})
 
 
-DEFAULTS: Mapping[str, Entry] = {"layer-rewind": rewinding(), "layer-retrain": retraining()}
 DEFAULTS: Mapping[str, Entry] = {
     "hard-concrete": HardConcrete(steps=8, every=2),
+    "layer-retrain": retraining(),
+    "layer-rewind": rewinding(),
     "slimming": Slimming(steps=8, every=2),
 }
 
@@ -119,48 +120,36 @@ VARIANTS: Mapping[str, Entry] = {
     "prefix-perturbation changed": PrefixPerturbation(score="changed", target="own", stride=3, memory_mb=1),
 }
 
-BLIND = {"random", "random weight", "weight-gradient head", "activation head", "weight-gradient contrast-kl",
-         "grad-activation head", "activation-gradient", "activation-gradient layer", "activation-gradient position",
-         "activation-gradient head values",
-         "curvature", "curvature output"}  # fmt: skip
-"""Those that need not find a planted neuron: controls, scores of other places, an objective without a pull,
-and gradients by activations of other places than neurons, which say where the loss is steep, not what is read there;
-and ratios of what is read along directions that ordinary text leaves quiet, where the loudest place need not be."""
 BLIND: Mapping[str, str] = {
-    "random": "a control",
-    "random weight": "a control",
-    "weight-gradient contrast-kl": "an objective without a pull",
-    "weight-gradient head": "scores heads",
     "activation head": "scores heads",
-    "logit-lens heads": "scores heads",
-    "zero-out head": "scores heads",
-    "grad-activation head": "scores heads",
-    "rare-token-heads": "scores heads",
-    "rare-token-heads suffix": "scores heads",
-    "rare-token-heads all": "scores heads",
-    "attention-bypass": "speaks of attention, which a planted neuron does without",
-    "attention-bypass head": "speaks of attention",
-    "attention-bypass window": "speaks of attention",
-    "attention-bypass quartile": "speaks of attention",
     "activation-gradient": "says where the loss is steep, not what is read there",
+    "activation-gradient head values": "scores heads",
     "activation-gradient layer": "says where the loss is steep",
     "activation-gradient position": "says where the loss is steep",
-    "activation-gradient head values": "scores heads",
+    "attention-bypass": "speaks of attention, which a planted neuron does without",
+    "attention-bypass head": "speaks of attention",
+    "attention-bypass quartile": "speaks of attention",
+    "attention-bypass window": "speaks of attention",
+    "curvature": "the loudest direction need not be the planted one",
+    "curvature output": "the loudest direction need not be the planted one",
+    "grad-activation head": "scores heads",
+    "hard-concrete head": "scores heads",
     "layer-retrain two layers": "the layers at the ends share fewer windows",
+    "logit-lens heads": "scores heads",
     "participation-ratio": "a spectrum, which asks no passage",
     "participation-ratio full": "a spectrum, which asks no passage",
     "prefix-perturbation": "scores tokens",
-    "prefix-perturbation exact": "scores tokens",
     "prefix-perturbation changed": "scores tokens",
-BLIND = {
-    "random",
-    "random weight",
-    "weight-gradient head",
-    "activation head",
-    "weight-gradient contrast-kl",
-    "zero-out head",
-    "slimming head",
-    "hard-concrete head",
+    "prefix-perturbation exact": "scores tokens",
+    "random": "a control",
+    "random weight": "a control",
+    "rare-token-heads": "scores heads",
+    "rare-token-heads all": "scores heads",
+    "rare-token-heads suffix": "scores heads",
+    "slimming head": "scores heads",
+    "weight-gradient contrast-kl": "an objective without a pull",
+    "weight-gradient head": "scores heads",
+    "zero-out head": "scores heads",
 }
 """Those that need not find a planted neuron, and why."""
 
