@@ -8,6 +8,9 @@ LOCALIZERS = Registry(
     "localizer",
     {
         "activation": "memloc.localizers.activation:Activation",
+        "activation-patching": "memloc.localizers.activation_patching:ActivationPatching",
+        "attribution-patching": "memloc.localizers.attribution_patching:AttributionPatching",
+        "causal-trace": "memloc.localizers.causal_trace:CausalTrace",
         "integrated-gradients": "memloc.localizers.integrated_gradients:IntegratedGradients",
         "prefix-perturbation": "memloc.localizers.prefix_perturbation:PrefixPerturbation",
         "random": "memloc.localizers.random:Random",

@@ -12,6 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from memloc.localizers.activation import Activation
+from memloc.localizers.activation_patching import ActivationPatching
+from memloc.localizers.attribution_patching import AttributionPatching
+from memloc.localizers.causal_trace import CausalTrace
 from memloc.localizers.integrated_gradients import IntegratedGradients
 from memloc.localizers.prefix_perturbation import PrefixPerturbation
 from memloc.localizers.random import Random
@@ -21,7 +24,9 @@ from memloc.view import ModelView
 
 Entry = Any | Callable[[ModelView, Path], Any]
 
-DEFAULTS: Mapping[str, Entry] = {}
+DEFAULTS: Mapping[str, Entry] = {
+    "causal-trace": CausalTrace(draws=3),
+}
 
 VARIANTS: Mapping[str, Entry] = {
     **{f"weight-gradient {grain}": WeightGradient(grain=grain) for grain in ("layer", "head", "neuron", "weight")},
@@ -34,15 +39,26 @@ VARIANTS: Mapping[str, Entry] = {
     "activation head": Activation(grain="head"),
     "activation signed": Activation(signed=True, values=False),
     "random weight": Random(grain="weight"),
+    "activation-patching layer": ActivationPatching(grain="layer", corrupt="mean", direction="noise"),
+    "activation-patching keys": ActivationPatching(grain="head", node="key", corrupt="noise", draws=2),
+    "activation-patching neuron": ActivationPatching(grain="neuron", corrupt="zero", direction="noise"),
+    "activation-patching position": ActivationPatching(grain="position", stream="mlp", corrupt="resample"),
+    "attribution-patching verified": AttributionPatching(verify=3, audit=3),
+    "attribution-patching graddrop": AttributionPatching(corrupt="perturbed", direction="denoise", graddrop=True),
+    "attribution-patching queries": AttributionPatching(grain="head", node="query", corrupt="noise", draws=2),
+    "attribution-patching position": AttributionPatching(grain="position", corrupt="resample", verify=2, audit=2),
+    "causal-trace window": CausalTrace(stream="attn", window=2, corrupt="rare", draws=2),
+    "causal-trace block": CausalTrace(stream="block", corrupt="perturbed", metric="nll"),
     "prefix-perturbation exact": PrefixPerturbation(score="exact", target="own", alternatives=3),
     "prefix-perturbation changed": PrefixPerturbation(score="changed", target="own", stride=3, memory_mb=1),
 }
 
 BLIND = {
     "random", "random weight", "weight-gradient head", "activation head", "weight-gradient contrast-kl",
+    "activation-patching keys", "attribution-patching queries", "causal-trace window",
     "prefix-perturbation", "prefix-perturbation exact", "prefix-perturbation changed",
 }  # fmt: skip
-"""Those that need not find a planted neuron: controls, scores of other places (tokens), and an objective without a pull."""
+"""Those that need not find a planted neuron: controls, scores of other places, and objectives without a pull."""
 
 FINDERS = {*LOCALIZERS, *VARIANTS} - BLIND
 
