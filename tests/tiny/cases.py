@@ -46,7 +46,9 @@ VARIANTS: Mapping[str, Entry] = {
     "attribution-patching verified": AttributionPatching(verify=3, audit=3),
     "attribution-patching graddrop": AttributionPatching(corrupt="perturbed", direction="denoise", graddrop=True),
     "attribution-patching queries": AttributionPatching(grain="head", node="query", corrupt="noise", draws=2),
-    "attribution-patching position": AttributionPatching(grain="position", corrupt="resample", verify=2, audit=2),
+    "attribution-patching position": AttributionPatching(
+        grain="position", stream="mlp", corrupt="resample", verify=2, audit=2
+    ),
     "causal-trace window": CausalTrace(stream="attn", window=2, corrupt="rare", draws=2),
     "causal-trace block": CausalTrace(stream="block", corrupt="perturbed", metric="nll"),
     "prefix-perturbation exact": PrefixPerturbation(score="exact", target="own", alternatives=3),
@@ -55,7 +57,7 @@ VARIANTS: Mapping[str, Entry] = {
 
 BLIND = {
     "random", "random weight", "weight-gradient head", "activation head", "weight-gradient contrast-kl",
-    "activation-patching keys", "attribution-patching queries", "causal-trace window",
+    "activation-patching keys", "attribution-patching queries", "causal-trace window", "causal-trace block",
     "prefix-perturbation", "prefix-perturbation exact", "prefix-perturbation changed",
 }  # fmt: skip
 """Those that need not find a planted neuron: controls, scores of other places, and objectives without a pull."""
