@@ -21,6 +21,9 @@ from memloc.localizers.curvature import Curvature
 from memloc.localizers.attention_bypass import AttentionBypass
 from memloc.localizers.grad_activation import GradActivation
 from memloc.localizers.ffn_memory import FfnMemory
+from memloc.localizers.activation_patching import ActivationPatching
+from memloc.localizers.attribution_patching import AttributionPatching
+from memloc.localizers.causal_trace import CausalTrace
 from memloc.localizers.integrated_gradients import IntegratedGradients
 from memloc.localizers.knowledge_neurons import CONVENTIONS, KnowledgeNeurons
 from memloc.localizers.layer_retrain import LayerRetrain
@@ -70,6 +73,8 @@ DEFAULTS: Mapping[str, Entry] = {
     "layer-retrain": retraining(),
     "layer-rewind": rewinding(),
     "slimming": Slimming(steps=8, every=2),
+DEFAULTS: Mapping[str, Entry] = {
+    "causal-trace": CausalTrace(draws=3),
 }
 
 VARIANTS: Mapping[str, Entry] = {
@@ -116,6 +121,18 @@ VARIANTS: Mapping[str, Entry] = {
     "outlier-set exact": OutlierSet(until="exact", growth=2),
     "zero-out head": ZeroOut(grain="head", memory_mb=1),
     "zero-out shortlist": ZeroOut(mode="shortlist", verify=15, audit=5),
+    "activation-patching layer": ActivationPatching(grain="layer", corrupt="mean", direction="noise"),
+    "activation-patching keys": ActivationPatching(grain="head", node="key", corrupt="noise", draws=2),
+    "activation-patching neuron": ActivationPatching(grain="neuron", corrupt="zero", direction="noise"),
+    "activation-patching position": ActivationPatching(grain="position", stream="mlp", corrupt="resample"),
+    "attribution-patching verified": AttributionPatching(verify=3, audit=3),
+    "attribution-patching graddrop": AttributionPatching(corrupt="perturbed", direction="denoise", graddrop=True),
+    "attribution-patching queries": AttributionPatching(grain="head", node="query", corrupt="noise", draws=2),
+    "attribution-patching position": AttributionPatching(
+        grain="position", stream="mlp", corrupt="resample", verify=2, audit=2
+    ),
+    "causal-trace window": CausalTrace(stream="attn", window=2, corrupt="rare", draws=2),
+    "causal-trace block": CausalTrace(stream="block", corrupt="perturbed", metric="nll"),
     "prefix-perturbation exact": PrefixPerturbation(score="exact", target="own", alternatives=3),
     "prefix-perturbation changed": PrefixPerturbation(score="changed", target="own", stride=3, memory_mb=1),
 }
@@ -152,6 +169,12 @@ BLIND: Mapping[str, str] = {
     "zero-out head": "scores heads",
 }
 """Those that need not find a planted neuron, and why."""
+BLIND = {
+    "random", "random weight", "weight-gradient head", "activation head", "weight-gradient contrast-kl",
+    "activation-patching keys", "attribution-patching queries", "causal-trace window", "causal-trace block",
+    "prefix-perturbation", "prefix-perturbation exact", "prefix-perturbation changed",
+}  # fmt: skip
+"""Those that need not find a planted neuron: controls, scores of other places, and objectives without a pull."""
 
 FINDERS = {*LOCALIZERS, *VARIANTS} - set(BLIND)
 
