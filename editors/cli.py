@@ -195,6 +195,7 @@ def verbs() -> tuple[Verb, ...]:
         looks["lab"],
         looks["measure"],
         looks["localize"],
+        looks["ablate"],
         looks["show"],
         Verb("edit", "compute an edit; no checkpoint is written", _edit_flags, _edit, EDITORS),
         Verb("apply", "write a checkpoint folder with an edit in it", _apply_flags, _apply),
