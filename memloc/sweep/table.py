@@ -10,12 +10,12 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from memloc.errors import ArtifactError, InputError
+from memloc.errors import ArtifactError
 from memloc.measurement import Measurement
 from memloc.report.comparison import Comparison
 from memloc.store import atomic_file, write_text
 from memloc.sweep.cells import Cell, Line, Plan, shortened
-from memloc.sweep.work import result
+from memloc.sweep.work import check_figures, result
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,10 +113,8 @@ def _needed(folder: Path, cell: Cell) -> Measurement:
 
 def _rows(line: Line, measured: Measurement, baseline: Measurement, changes: Mapping[str, Any]) -> list[Row]:
     cell, ablation = line.cell, line.cell.ablation
+    check_figures(cell, measured)
     wanted = cell.asked.figures or tuple(measured.figures)
-    for name in wanted:
-        if name not in measured.figures:
-            raise InputError(f"{cell.asked.name} gives no figure {name!r}; it gives {', '.join(measured.figures)}")
     positions = "" if ablation is None else ablation.positions
     drawn = ablation is not None and ablation.how in ("resample", "noise")
     rows = []

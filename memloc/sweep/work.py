@@ -56,6 +56,7 @@ class Bench:
         if found != self.plan.models[cell.model]:
             raise MismatchError(f"{cell.model}: its weights are {found[:12]}, the plan was made for "
                                 f"{self.plan.models[cell.model][:12]}; run the command again")  # fmt: skip
+        check_figures(cell, measured)
         measured.save(path_of(self.folder, cell))
 
     def _open(self, cell: Cell) -> ModelView:
@@ -79,6 +80,13 @@ class Bench:
         reference = self.plan.references.get(self._name)
         if parts and reference is not None:
             reference.usual(view, list(parts.values()))
+
+
+def check_figures(cell: Cell, measured: Measurement) -> None:
+    """Raise InputError where the grid asks for a figure that the measure does not give."""
+    for name in cell.asked.figures:
+        if name not in measured.figures:
+            raise InputError(f"{cell.asked.name} gives no figure {name!r}; it gives {', '.join(measured.figures)}")
 
 
 def path_of(folder: Path, cell: Cell) -> Path:
