@@ -8,9 +8,22 @@ LOCALIZERS = Registry(
     "localizer",
     {
         "activation": "memloc.localizers.activation:Activation",
+        "activation-gradient": "memloc.localizers.activation_gradient:ActivationGradient",
+        "attention-bypass": "memloc.localizers.attention_bypass:AttentionBypass",
+        "grad-activation": "memloc.localizers.grad_activation:GradActivation",
+        "hard-concrete": "memloc.localizers.hard_concrete:HardConcrete",
         "integrated-gradients": "memloc.localizers.integrated_gradients:IntegratedGradients",
+        "knowledge-neurons": "memloc.localizers.knowledge_neurons:KnowledgeNeurons",
+        "layer-retrain": "memloc.localizers.layer_retrain:LayerRetrain",
+        "layer-rewind": "memloc.localizers.layer_rewind:LayerRewind",
+        "logit-lens": "memloc.localizers.logit_lens:LogitLens",
+        "participation-ratio": "memloc.localizers.participation_ratio:ParticipationRatio",
+        "prefix-perturbation": "memloc.localizers.prefix_perturbation:PrefixPerturbation",
         "random": "memloc.localizers.random:Random",
+        "rare-token-heads": "memloc.localizers.rare_token_heads:RareTokenHeads",
+        "slimming": "memloc.localizers.slimming:Slimming",
         "weight-gradient": "memloc.localizers.weight_gradient:WeightGradient",
+        "zero-out": "memloc.localizers.zero_out:ZeroOut",
     },
 )
 

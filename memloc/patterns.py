@@ -203,6 +203,15 @@ def split_heads(view: ModelView, mixed: Tensor) -> Tensor:
     return mixed.reshape(*mixed.shape[:-1], view.heads, view.head_width)
 
 
+def attention_bytes(view: ModelView, rows: int, tokens: int, queries: int) -> int:
+    """About what `Attention.of` keeps of all layers, and reading one pattern takes: an upper estimate."""
+    heads = view.heads * view.head_width
+    kept = view.layers * rows * tokens * (view.width + 5 * heads)
+    read = rows * (6 * view.heads * queries * tokens + 8 * tokens * heads + 4 * queries * heads)
+    attended = 4 * rows * view.heads * tokens * tokens
+    return 8 * (kept + read + attended)
+
+
 def attention_module(view: ModelView, layer: int) -> nn.Module:
     """The module that holds the layer's output projection, and does all the rest of its attention."""
     path = view.row.maps[Kind.ATTN_OUT].rpartition(".")[0]
