@@ -16,7 +16,7 @@ from memloc.costs import Cost, pass_bytes
 from memloc.patching import Question, Run, constant_run, through
 from memloc.places import Places
 from memloc.sites import Kind, Site
-from memloc.sweep import Sweep, batch_of
+from memloc.patched import Sweep, batch_of
 from memloc.view import ModelView
 
 Slopes = Mapping[Site, Tensor]

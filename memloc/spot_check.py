@@ -18,7 +18,7 @@ from memloc.places import Places
 from memloc.progress import steps
 from memloc.sites import Site
 from memloc.statistics import bootstrap_interval, rate_interval
-from memloc.sweep import Sweep
+from memloc.patched import Sweep
 from memloc.view import ModelView
 
 

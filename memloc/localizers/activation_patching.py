@@ -13,7 +13,7 @@ from memloc.patching import Direction, Metric
 from memloc.places import Node, PatchGrain, Places, Stream
 from memloc.provenance import Provenance, settings_of
 from memloc.scores import Localization
-from memloc.sweep import Sweep
+from memloc.patched import Sweep
 from memloc.view import ModelView
 
 

@@ -21,7 +21,7 @@ from memloc.provenance import Provenance, settings_of
 from memloc.scores import Localization
 from memloc.sites import Site
 from memloc.spot_check import Checked, SpotCheck, notes_of
-from memloc.sweep import Sweep
+from memloc.patched import Sweep
 from memloc.view import ModelView
 
 

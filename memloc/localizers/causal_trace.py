@@ -12,7 +12,7 @@ from memloc.passages import Passages
 from memloc.places import Places, Stream
 from memloc.provenance import Provenance, settings_of
 from memloc.scores import Localization
-from memloc.sweep import Sweep
+from memloc.patched import Sweep
 from memloc.view import ModelView
 
 

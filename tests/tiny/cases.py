@@ -17,26 +17,24 @@ from safetensors.torch import save_model
 
 from memloc.localizers.activation import Activation
 from memloc.localizers.activation_gradient import ActivationGradient
-from memloc.localizers.curvature import Curvature
-from memloc.localizers.attention_bypass import AttentionBypass
-from memloc.localizers.grad_activation import GradActivation
-from memloc.localizers.ffn_memory import FfnMemory
 from memloc.localizers.activation_patching import ActivationPatching
+from memloc.localizers.attention_bypass import AttentionBypass
 from memloc.localizers.attribution_patching import AttributionPatching
 from memloc.localizers.causal_trace import CausalTrace
+from memloc.localizers.curvature import Curvature
+from memloc.localizers.ffn_memory import FfnMemory
+from memloc.localizers.grad_activation import GradActivation
+from memloc.localizers.hard_concrete import HardConcrete
 from memloc.localizers.integrated_gradients import IntegratedGradients
 from memloc.localizers.knowledge_neurons import CONVENTIONS, KnowledgeNeurons
 from memloc.localizers.layer_retrain import LayerRetrain
 from memloc.localizers.layer_rewind import LayerRewind
 from memloc.localizers.logit_lens import LogitLens
+from memloc.localizers.outlier_set import OutlierSet
 from memloc.localizers.participation_ratio import ParticipationRatio
 from memloc.localizers.prefix_perturbation import PrefixPerturbation
 from memloc.localizers.random import Random
 from memloc.localizers.rare_token_heads import RareTokenHeads
-from memloc.localizers.hard_concrete import HardConcrete
-from memloc.localizers.integrated_gradients import IntegratedGradients
-from memloc.localizers.outlier_set import OutlierSet
-from memloc.localizers.random import Random
 from memloc.localizers.slimming import Slimming
 from memloc.localizers.weight_gradient import WeightGradient
 from memloc.localizers.zero_out import ZeroOut
@@ -69,12 +67,11 @@ def retraining(**settings: Any) -> Callable[[ModelView, Path], Any]:
 
 
 DEFAULTS: Mapping[str, Entry] = {
+    "causal-trace": CausalTrace(draws=3),
     "hard-concrete": HardConcrete(steps=8, every=2),
     "layer-retrain": retraining(),
     "layer-rewind": rewinding(),
     "slimming": Slimming(steps=8, every=2),
-DEFAULTS: Mapping[str, Entry] = {
-    "causal-trace": CausalTrace(draws=3),
 }
 
 VARIANTS: Mapping[str, Entry] = {
@@ -143,10 +140,14 @@ BLIND: Mapping[str, str] = {
     "activation-gradient head values": "scores heads",
     "activation-gradient layer": "says where the loss is steep",
     "activation-gradient position": "says where the loss is steep",
+    "activation-patching keys": "scores heads",
     "attention-bypass": "speaks of attention, which a planted neuron does without",
     "attention-bypass head": "speaks of attention",
     "attention-bypass quartile": "speaks of attention",
     "attention-bypass window": "speaks of attention",
+    "attribution-patching queries": "scores heads",
+    "causal-trace block": "scores tokens",
+    "causal-trace window": "scores tokens",
     "curvature": "the loudest direction need not be the planted one",
     "curvature output": "the loudest direction need not be the planted one",
     "grad-activation head": "scores heads",
@@ -169,12 +170,6 @@ BLIND: Mapping[str, str] = {
     "zero-out head": "scores heads",
 }
 """Those that need not find a planted neuron, and why."""
-BLIND = {
-    "random", "random weight", "weight-gradient head", "activation head", "weight-gradient contrast-kl",
-    "activation-patching keys", "attribution-patching queries", "causal-trace window", "causal-trace block",
-    "prefix-perturbation", "prefix-perturbation exact", "prefix-perturbation changed",
-}  # fmt: skip
-"""Those that need not find a planted neuron: controls, scores of other places, and objectives without a pull."""
 
 FINDERS = {*LOCALIZERS, *VARIANTS} - set(BLIND)
 
