@@ -17,8 +17,6 @@ from safetensors.torch import save_model
 
 from memloc.localizers.activation import Activation
 from memloc.localizers.activation_gradient import ActivationGradient
-from memloc.localizers.attention_bypass import AttentionBypass
-from memloc.localizers.curvature import Curvature
 from memloc.localizers.activation_patching import ActivationPatching
 from memloc.localizers.attention_bypass import AttentionBypass
 from memloc.localizers.attribution_patching import AttributionPatching
@@ -79,6 +77,7 @@ DEFAULTS: Mapping[str, Entry] = {
 VARIANTS: Mapping[str, Entry] = {
     **{f"weight-gradient {grain}": WeightGradient(grain=grain) for grain in ("layer", "head", "neuron", "weight")},
     "weight-gradient per passage": WeightGradient(per_passage=True, reduce="norm"),
+    "weight-gradient one by one": WeightGradient(per_passage=True, objective="contrast", grain="neuron"),
     "weight-gradient folded": WeightGradient(convention="folded"),
     "weight-gradient folded norms": WeightGradient(
         convention="folded", per_passage=True, reduce="norm", grain="neuron"
@@ -142,9 +141,6 @@ BLIND: Mapping[str, str] = {
     "activation-gradient head values": "scores heads",
     "activation-gradient layer": "says where the loss is steep",
     "activation-gradient position": "says where the loss is steep",
-    "activation-gradient head values": "scores heads",
-    "curvature": "a ratio to ordinary text along quiet directions, where the loudest place need not be",
-    "curvature output": "asks of values and incoming weights only",
     "activation-patching keys": "scores heads",
     "attention-bypass": "speaks of attention, which a planted neuron does without",
     "attention-bypass head": "speaks of attention",
