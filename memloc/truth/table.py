@@ -208,11 +208,14 @@ def interval(
         members.setdefault(group, []).append(value)
     if len(members) < 2:
         return Mean(mean, *bootstrap_interval(values, seed=seed, draws=draws))
-    rng, sets = np.random.default_rng(seed), [np.asarray(part) for part in members.values()]
-    means = []
-    for picks in rng.integers(0, len(sets), (draws, len(sets))):
-        drawn = [sets[pick][rng.integers(0, len(sets[pick]), len(sets[pick]))] for pick in picks]
-        means.append(np.concatenate(drawn).mean())
+    size = np.array([len(part) for part in members.values()])
+    padded = np.array([[*part, *[0.0] * (size.max() - len(part))] for part in members.values()])
+    rng = np.random.default_rng(seed)
+    picks = rng.integers(0, len(size), (draws, len(size)))
+    # [draws, groups, answers]: as many answers of each picked group as it has, drawn anew every time it is picked.
+    within = (rng.random((*picks.shape, size.max())) * size[picks][..., None]).astype(int)
+    drawn = padded[picks[..., None], within] * (np.arange(size.max()) < size[picks][..., None])
+    means = drawn.sum((1, 2)) / size[picks].sum(1)
     low, high = np.quantile(means, [0.025, 0.975])
     return Mean(mean, float(low), float(high))
 
