@@ -41,6 +41,8 @@ WORLDS = Registry(
         "del": "memloc.truth.deletion:DEL",
         "del-mean": "memloc.truth.deletion:MEAN",
         "del-resample": "memloc.truth.deletion:RESAMPLE",
+        "sinks": "memloc.truth.sinks:SINKS",
+        "wrong-sums": "memloc.truth.wrong_sums:WRONG_SUMS",
     },
 )
 """Name to "module:instance" of a `World`: one line each."""
