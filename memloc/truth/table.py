@@ -22,6 +22,12 @@ from memloc.truth.trials import Made, Trial, Trials
 TOOK = ("CPU s", "forward", "backward")
 """What a trial took: seconds, block-tokens forward, block-tokens backward; means per known answer."""
 
+ENDS = tuple(
+    f"{name}@{share}%" for share in ("0.5", "5")
+    for name in ("self accuracy lost", "other accuracy lost", "self distance", "other distance", "text perplexity")
+)  # fmt: skip
+"""What is shown of a curve over shares; the whole of it stands in the CSV and the JSON."""
+
 
 @dataclass(frozen=True)
 class Mean:
@@ -120,10 +126,11 @@ class Table:
         return f"{sum(took) / len(took):.2f}" if took else ""
 
     def detail(self, world: str) -> tuple[list[str], list[list[str]]]:
-        """Columns and rows of one world: every figure that is a result, and what the run took."""
+        """Columns and rows of one world, and what the run took; of curves only their sum and two points, see `ENDS`."""
         rows = [row for row in self.ranked(world) if row.n]
         names = list(dict.fromkeys(name for row in rows for name in row.figures))
         names = [name for name in names if not name.endswith((" ceiling", " chance")) and name not in TOOK]
+        names = [name for name in names if "%" not in name or name in (*ENDS, self.worlds[world])]
         body = [[row.method, str(row.n), *(str(row.figures[name]) for name in names), *_took(row)] for row in rows]
         return ["method", "n", *names, *TOOK], body
 

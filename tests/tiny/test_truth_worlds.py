@@ -22,6 +22,7 @@ from memloc.reference import Reference
 from memloc.scores import Localization, Selection, selected
 from memloc.sites import Grain, Kind, Site
 from memloc.truth.deletion import DEL, Deletion, curve_area, drop, edit_distance, recited_by, state
+from memloc.truth.grounds import ground_of
 from memloc.truth.injected import INJ, Injected
 from memloc.truth.injection import Injection, Substituted, Training, causal_check, draw, inject
 from memloc.truth.planting import PLANTED
@@ -312,6 +313,28 @@ def test_random_scores_find_the_injected_share(view_of):
     found = [recalls(known, Random(seed=seed)(known.view, known.passages))["recall@1"] for seed in range(200)]
     expected = known.chance()
     assert abs(sum(found) / 200 - expected) < 4 * math.sqrt(expected * (1 - expected) / (200 * known.gold.count))
+
+
+def test_a_folder_is_a_ground_with_what_lies_beside_the_model(tmp_path, view_of):
+    """As a lab keeps it; and what is named comes first."""
+    view_of("gpt2").model.save_pretrained(tmp_path)
+    for name, seed in (("passages", 1), ("controls", 2)):
+        rows = [
+            {"id": item.id, "prefix_ids": item.prefix, "suffix_ids": item.suffix} for item in zoo.passages(3, seed=seed)
+        ]
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    found = ground_of(tmp_path, seed=4)
+    assert (found.name, found.seed, found.text) == (tmp_path.name, 4, None)
+    assert (
+        found.memorized.digest == zoo.passages(3, seed=1).digest
+        and found.unknown.digest == zoo.passages(3, seed=2).digest
+    )
+    assert ground_of(tmp_path, memorized=zoo.passages(2)).memorized.digest == zoo.passages(2).digest
+    (tmp_path / "controls.jsonl").unlink()
+    halves = ground_of(tmp_path, text=zoo.passages(3)).unknown
+    assert [item.ids for item in halves] == [item.ids for item in zoo.passages(3)] and len(halves[0].prefix) == 6
+    with pytest.raises(InputError, match="needs ordinary text, and none is given"):
+        DEL.names(found)
 
 
 # -- deletion ----------------------------------------------------------------------------------------------------
