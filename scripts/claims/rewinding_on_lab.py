@@ -6,9 +6,10 @@ Every lab folder is one that `memloc lab` wrote, with its snapshots. Passages ar
 them windows of held-out text.
 
 K07  memorization is spread over layers and components: at least two layers, and both kinds of sublayer (attention and
-     feed-forward maps), cost more than 5 % of exact recitation when they are put back to the last snapshot; and
-     putting back no single layer of the upper half removes all of it.
-Beside it: windows of layers, criticality, and retraining on ordinary text from the initialisation.
+     feed-forward maps), cost more than 5 % of exact recitation when they are put back to the last snapshot that does
+     not recite (with all layers put back to it at least 95 % of recitation is lost); and putting back no single layer
+     of the upper half removes all of it.
+Beside it: windows of layers, criticality, and retraining on ordinary text from that snapshot.
 """
 
 from __future__ import annotations
@@ -52,14 +53,16 @@ def of_lab(lab: Path, dose: int, count: int) -> dict[str, Any]:
     view, start = ModelView.open(lab), time.process_time()
     passages = Passages.read(lab / "passages.jsonl", view.tokenizer, prefix=32, suffix=32)
     passages = passages.where(lambda item: item.tags["dose"] == dose)[:count]
-    text, train = (windows(lab, view, part) for part in ("held-out", "train"))
+    text, train = (windows(lab, view, part, most) for part, most in (("held-out", 60), ("train", 400)))
     print(f"{lab}: {len(passages)} passages of dose {dose}, {len(text)} windows of held-out text")
     snapshots = str(lab / "snapshots")
     whole = LayerRewind(earlier=snapshots, window=0)(view, passages, contrast=text).notes
     print(f"  as trained: {whole['nll']:.3f} nats, {whole['exact_match']:.0%} recited; "
           f"text {whole['contrast_nll']:.3f} nats")  # fmt: skip
     table(whole)
-    last = sorted((lab / "snapshots").iterdir())[-1]
+    everything = whole["exact_match_drop"][f"L0-L{view.layers - 1}"]
+    last = [lab / "snapshots" / name for name, lost in everything.items() if lost >= 0.95 * whole["exact_match"]][-1]
+    print(f"  the last snapshot that does not recite: {last.name}")
     sublayers = {
         name: LayerRewind(earlier=str(last), kinds=kinds)(view, passages, contrast=text).notes
         for name, kinds in (("attention", ATTENTION), ("feed-forward", FEED_FORWARD))
@@ -67,11 +70,11 @@ def of_lab(lab: Path, dose: int, count: int) -> dict[str, Any]:
     for name, notes in sublayers.items():
         print(f"  {name} maps alone put back:")
         table(notes)
-    retrained = LayerRetrain(earlier=str(lab / "snapshots" / "step-00000"), steps=60)(view, passages, contrast=train)
+    retrained = LayerRetrain(earlier=str(last), steps=60, lr=3e-4)(view, passages, contrast=train)
     for window in retrained.notes["reset"]:
         cells = {name: next(iter(retrained.notes[name][window].values())) for name in retrained.notes
                  if isinstance(retrained.notes[name], Mapping)}  # fmt: skip
-        print(f"  retrained {window} from the start: " + ", ".join(f"{name} {cells[name]:.3f}" for name in cells))
+        print(f"  retrained {window} from there: " + ", ".join(f"{name} {cells[name]:.3f}" for name in cells))
     print(f"  {time.process_time() - start:.0f} CPU-s")
     drops = {f"L{layer}": whole["exact_match_drop"][f"L{layer}"][last.name] for layer in range(view.layers)}
     each = [max(row[last.name] for row in notes["exact_match_drop"].values()) for notes in sublayers.values()]
@@ -92,10 +95,10 @@ def table(notes: Mapping[str, Any]) -> None:
         print(f"    {window:>6}: " + "; ".join(cells))
 
 
-def windows(lab: Path, view: ModelView, part: str, most: int = 60) -> Passages:
+def windows(lab: Path, view: ModelView, part: str, most: int) -> Passages:
     """Windows of 64 tokens of the lab's text, held out or trained on."""
     texts = [record["text"] for _, record in read_jsonl(lab / "corpus.jsonl") if record["split"] == part]
-    found = Passages.from_texts(texts[: 4 * most], view.tokenizer, window=64, origin=part)
+    found = Passages.from_texts(texts[: 8 * most], view.tokenizer, window=64, origin=part)
     return found.where(lambda item: len(item.ids) == 64)[:most]
 
 
