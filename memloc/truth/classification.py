@@ -79,6 +79,7 @@ class ResidualMLP(nn.Module):
 
     def __init__(self, *, blocks: int = 6, width: int = 64, hidden: int = 128) -> None:
         super().__init__()
+        self.hidden = hidden
         self.input = nn.Linear(WIDTH, width)
         self.norms = nn.ModuleList(nn.LayerNorm(width) for _ in range(blocks))
         self.up = nn.ModuleList(nn.Linear(width, hidden) for _ in range(blocks))
@@ -133,7 +134,7 @@ def train(given: Labelled, tests: Labelled, *, epochs: int = 40, batch: int = 12
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
     kept, history = [Kept.of(model, "epoch 0")], [figures(model, given, tests)]
     for epoch in steps(range(1, epochs + 1), "classifier"):
-        for rows in torch.randperm(len(given.labels), generator=generator).split(batch):
+        for rows in torch.split(torch.randperm(len(given.labels), generator=generator), batch):
             loss = nn.functional.cross_entropy(model(given.inputs[rows]), given.labels[rows])
             optimizer.zero_grad(set_to_none=True)
             torch.autograd.backward(loss)
@@ -181,7 +182,7 @@ def units_to_flip(model: ResidualMLP, given: Labelled, item: int, others: Tensor
 
     Source: Maini et al. 2023, arXiv:2307.09542; the first-order form is ours.
     """
-    gates = torch.ones(len(model.up), model.up[0].out_features)
+    gates = torch.ones(len(model.up), model.hidden)
     said = model(given.inputs[item : item + 1]).argmax(1)
     taken: list[int] = []
     while len(taken) < most:

@@ -153,7 +153,7 @@ def flipped(made: Trained, data: Labelled, items: int, seed: int) -> tuple[dict[
         taken = [units_to_flip(made.model, data, row, others) for row in chosen]
         found[name] = statistics.median(len(units) for units in taken)
         if name == "wrong":
-            blocks = {unit // made.model.up[0].out_features for units in taken for unit in units}
+            blocks = {unit // made.model.hidden for units in taken for unit in units}
     print(
         f"  units to flip: {found['wrong']} of a wrong label, {found['right']} of a right one; blocks {sorted(blocks)}"
     )
@@ -162,7 +162,7 @@ def flipped(made: Trained, data: Labelled, items: int, seed: int) -> tuple[dict[
 
 def drops(made: Trained, data: Labelled, tests: Labelled, seed: int) -> dict[str, float]:
     """A tenth of the units dropped: those that pull most for wrong labels and least for right ones; and at random."""
-    gates = torch.ones(len(made.model.up), made.model.up[0].out_features, requires_grad=True)
+    gates = torch.ones(len(made.model.up), made.model.hidden, requires_grad=True)
     each = nn.functional.cross_entropy(made.model(data.inputs, gates), data.labels, reduction="none")
     (slope,) = torch.autograd.grad(each[data.noisy].mean() - each[~data.noisy].mean(), gates)
     count = gates.numel() // 10
