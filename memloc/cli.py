@@ -9,8 +9,7 @@ from memloc.errors import InputError
 from memloc.methods import LOCALIZERS, MEASURES
 from memloc.registry import Registry
 from memloc.terminal import Terminal
-from memloc.verbs import ablate, check, lab, localize, measure, report, show
-from memloc.verbs import check, compare, lab, localize, measure, report, show, significant
+from memloc.verbs import ablate, check, compare, lab, localize, measure, report, show, significant
 
 
 def list_methods(tables: Sequence[Registry], terminal: Terminal, only: str | None) -> None:
