@@ -10,6 +10,7 @@ from memloc.methods import LOCALIZERS, MEASURES
 from memloc.registry import Registry
 from memloc.terminal import Terminal
 from memloc.verbs import ablate, check, compare, lab, localize, measure, report, show, significant
+from memloc.verbs import ablate, check, compare, lab, localize, measure, report, show, significant, truth
 
 
 def list_methods(tables: Sequence[Registry], terminal: Terminal, only: str | None) -> None:
@@ -36,6 +37,7 @@ def verbs() -> tuple[Verb, ...]:
         Verb("ablate", "what happens without it: a grid of ablations as one table", ablate.flags, ablate.run),
         Verb("compare", "do localizations agree, and how stable is each", compare.flags, compare.run),
         Verb("significant", "which places count, against controls", significant.flags, significant.run),
+        Verb("truth", "which localizers find what is known to be there", truth.flags, truth.run),
         Verb("show", "print what is in a localization, an edit or a measurement", show.flags, show.run),
         Verb("report", "one page of evidence from measurements, localizations and edits", report.flags, report.run),
     )

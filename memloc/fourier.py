@@ -26,7 +26,8 @@ def power(series: Tensor, convention: Convention = "half", *, centred: bool = Fa
     if centred:
         series = series - series.mean(-1, keepdim=True)
     found = torch.fft.rfft(series) if convention == "half" else torch.fft.fft(series)
-    return found.abs().square()
+    size: Tensor = found.abs().square()
+    return size
 
 
 def participation(series: Tensor, convention: Convention = "half", *, centred: bool = False) -> Tensor:
@@ -44,4 +45,5 @@ def one_wave(series: Tensor, frequency: Tensor) -> Tensor:
     """Series [..., n] with one frequency kept, each its own: `frequency` [...], of 0 .. n // 2."""
     spectrum = torch.fft.rfft(series)
     keep = torch.arange(spectrum.shape[-1], device=series.device) == frequency[..., None]
-    return torch.fft.irfft(spectrum * keep, n=series.shape[-1])
+    back: Tensor = torch.fft.irfft(spectrum * keep, n=series.shape[-1])
+    return back

@@ -163,10 +163,13 @@ class _Run:
             sites = gate_sites(self.view, self.grain)
             with gated(self.view, dict(zip(sites, gates.unbind(1), strict=True))):
                 spent = suffix_nll(self.view, self.batch)
+            (slope,) = torch.autograd.grad(spent.sum(), parameters)
             penalty = self.plan.penalty * self.rule.openness(parameters).mean((1, 2))
-            (slope,) = torch.autograd.grad((spent + penalty).sum(), parameters)
+            (push,) = torch.autograd.grad(penalty.sum(), parameters)
         self.taken += 1
+        # Kept apart: beside a large penalty the pull's last digits, and with them the order of ties, would be lost.
         self.slope = self.slope + slope
+        slope = slope + push
         self.first = 0.9 * self.first + 0.1 * slope
         self.second = 0.999 * self.second + 0.001 * slope.square()
         size = (self.second / (1 - 0.999**self.taken)).sqrt() + 1e-8

@@ -6,27 +6,23 @@ to follow. The prefix is cached once, and the integral runs on rows of one token
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Literal
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from memloc.batches import Batch, batches
 from memloc.cached import Column, Prefill
 from memloc.costs import Cost, block_tokens, pass_bytes, widest
-from memloc.errors import InputError, ModelError
+from memloc.errors import InputError
 from memloc.passages import Passages
-from memloc.proof import TOLERANCE
-from memloc.readout import Position, row_means, spoken_at, wide
-from memloc.sites import Kind, Site
+from memloc.readout import Position, row_means, spoken_at
 from memloc.view import ModelView
+from memloc.ways import Bent, Scaled, Straight, Way, pre_activations
 
 Rule = Literal["gauss-legendre", "riemann-right", "riemann-left", "inclusive"]
-Scaled = Literal["activation", "pre-activation"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -129,90 +125,6 @@ class Panels:
         )
 
 
-class Way(Protocol):
-    """What is scaled along a path, and how the residual stream follows: m coordinates.
-
-    Attributes:
-        ends: [l, k, m], where each path ends; a path's gradient by its coordinates, times this, is its integral.
-        site: what it scales.
-    """
-
-    ends: Tensor
-    site: Scaled
-
-    def move(self, panels: Panels, alphas: Tensor) -> tuple[Tensor, Tensor]:
-        """A leaf to differentiate by, and how far the stream is moved at each α: [i, q, d] from alphas [i, q]."""
-        ...
-
-    def slope(self, gradient: Tensor) -> Tensor:
-        """Gradient by the coordinates [i, m], from the leaf's."""
-        ...
-
-    def neurons(self, layer: int, gradient: Tensor) -> Tensor:
-        """Scores of a layer's neurons at each position [k, f], from the path's gradient [k, m]."""
-        ...
-
-
-class Straight:
-    """α·h enters `mlp.out`: the stream moves in a line, so d coordinates are enough, those of the stream."""
-
-    site: Scaled = "activation"
-
-    def __init__(self, view: ModelView, prefill: Prefill, row: Tensor, column: Tensor) -> None:
-        self._view = view
-        written = torch.stack([prefill.written[layer][row, column] for layer in range(view.layers)])
-        self.ends = written.to(wide(view.dtype))
-        self._said = {layer: prefill.neurons[layer][row, column] for layer in range(view.layers)}
-
-    def move(self, panels: Panels, alphas: Tensor) -> tuple[Tensor, Tensor]:
-        """See `Way`."""
-        written = self.ends[panels.layer, panels.at]
-        shift = torch.zeros_like(written).requires_grad_()
-        return shift, shift[:, None] + (alphas[..., None] - 1) * written[:, None]
-
-    def slope(self, gradient: Tensor) -> Tensor:
-        """See `Way`."""
-        return gradient
-
-    def neurons(self, layer: int, gradient: Tensor) -> Tensor:
-        """See `Way`."""
-        weight = self._view.weight(Site(layer, Kind.MLP_OUT)).detach().to(gradient)
-        return self._said[layer].to(gradient) * (gradient @ weight)
-
-
-class Bent:
-    """α·z leaves `mlp.in`, and the activation function bends the path: f coordinates, those of z."""
-
-    site: Scaled = "pre-activation"
-
-    def __init__(self, view: ModelView, prefill: Prefill, before: Tensor, where: tuple[Tensor, Tensor]) -> None:
-        dtype = wide(view.dtype)
-        self.ends = before.to(dtype)
-        self._weights = [view.weight(Site(layer, Kind.MLP_OUT)).detach() for layer in range(view.layers)]
-        self._said = [prefill.neurons[layer][where].to(dtype) for layer in range(view.layers)]
-        self._bends = [activation_of(view, layer, before[layer], prefill.neurons[layer][where])
-                       for layer in range(view.layers)]  # fmt: skip
-
-    def move(self, panels: Panels, alphas: Tensor) -> tuple[Tensor, Tensor]:
-        """See `Way`."""
-        leaf = (alphas[..., None] * self.ends[panels.layer, panels.at][:, None]).requires_grad_()
-        parts = []
-        # Panels come by ascending layer, so the parts join in order.
-        for layer in sorted(set(panels.layer.tolist())):
-            here = panels.layer == layer
-            change = self._bends[layer](leaf[here]) - self._said[layer][panels.at[here]][:, None]
-            parts.append(change @ self._weights[layer].to(change).T)
-        return leaf, torch.cat(parts)
-
-    def slope(self, gradient: Tensor) -> Tensor:
-        """See `Way`."""
-        return gradient.sum(1)
-
-    def neurons(self, layer: int, gradient: Tensor) -> Tensor:
-        """See `Way`."""
-        return self.ends[layer] * gradient
-
-
 @dataclass
 class Path:
     """The integrals of one batch: k positions (row, column, gold token) by l layers.
@@ -248,7 +160,7 @@ class Path:
             prefill = Prefill.of(view, batch)
             way = Straight(view, prefill, row, column)
         else:
-            entrances = _pre_activations(view)
+            entrances = pre_activations(view)
             with view.record(entrances, side="output") as leaving:
                 prefill = Prefill.of(view, batch)
             before = torch.stack([leaving[entrance][row, column] for entrance in entrances])
@@ -288,7 +200,7 @@ class Path:
         share = torch.cat([weights, weights.new_zeros(2)]).to(self.gradient) * width[:, None].to(self.gradient)
         residual = torch.stack([prefill.residual[layer][r, place.column] for layer, r in zip(layers, row, strict=True)])
         with torch.enable_grad():
-            leaf, moved = self.way.move(panels, alphas)
+            leaf, moved = self.way.move(panels.layer, panels.at, alphas)
             along = residual.to(moved)[:, None] + moved
             hidden = place.hidden(row, layers, along.to(prefill.view.dtype))
             spoken = prefill.view.unembed(hidden).softmax(-1)
@@ -348,42 +260,6 @@ def rule(quadrature: str, nodes: int) -> tuple[Tensor, Tensor]:
         return torch.linspace(0, 1, nodes, dtype=torch.float64), even
     first = 1 if quadrature == "riemann-right" else 0
     return torch.arange(first, nodes + first, dtype=torch.float64) / nodes, even
-
-
-def activation_of(view: ModelView, layer: int, before: Tensor, after: Tensor) -> Callable[[Tensor], Tensor]:
-    """The function that makes a layer's neurons of what leaves its `mlp.in`: found by arithmetic, not by name.
-
-    Raises:
-        ModelError: no module of the block without parameters turns `before` into `after`.
-    """
-    allowed = TOLERANCE.get(view.dtype, 1e-4) * max(1.0, float(after.abs().max()))
-    for module in _functions(view.block(layer)):
-        with torch.no_grad(), contextlib.suppress(TypeError):
-            made = module(before)
-            if made.shape == after.shape and float((made - after).abs().max()) <= allowed:
-                return module
-    raise ModelError(f"L{layer}: no module turns what leaves mlp.in into what enters mlp.out; take the activation site")
-
-
-def _functions(block: nn.Module) -> Iterator[nn.Module]:
-    for module in block.modules():
-        if not any(True for _ in (*module.children(), *module.parameters(), *module.buffers())):
-            yield module
-
-
-def _pre_activations(view: ModelView) -> tuple[Site, ...]:
-    """The maps whose output is the neurons' pre-activation, one a layer.
-
-    Raises:
-        InputError: neurons are products of two maps (gated), or the family has no `mlp.in` of its own.
-    """
-    gated = view.has(Site(0, Kind.MLP_GATE))
-    entrances = view.sites(Kind.MLP_IN)
-    whole = len(entrances) == view.layers and view.place(entrances[0]).rows is None
-    if gated or not whole:
-        why = "a gated neuron is a product of two maps and has no one pre-activation" if gated else "mlp.in is fused"
-        raise InputError(f"pre-activation: {view.row.family} has none, {why}; take the activation site")
-    return entrances
 
 
 def unit_bytes(view: ModelView, column: int, site: Scaled = "activation") -> int:

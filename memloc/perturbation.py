@@ -299,9 +299,10 @@ def _heard(view: ModelView, hidden: Tensor, batch: Batch, rows: Tensor, column: 
 
 def _decoded(resumed: Resumed, batch: Batch, chunk: _Chunk, best: Tensor) -> list[Tensor]:
     """What each row of a chunk writes greedily: the suffix up to the first mistake, decoded from there on."""
-    found, groups = [batch.ids[0, :0]] * len(best), defaultdict(list)
-    for index, row in enumerate(chunk.row.tolist()):
-        groups[int(batch.prefix[row]), int(batch.length[row])].append(index)
+    found = [batch.ids[0, :0]] * len(best)
+    groups: dict[tuple[int, int], list[int]] = defaultdict(list)
+    for place, at in enumerate(chunk.row.tolist()):
+        groups[int(batch.prefix[at]), int(batch.length[at])].append(place)
     for (prefix, length), members in groups.items():
         index = torch.tensor(members, device=best.device)
         suffix = batch.ids[chunk.row[index], prefix:length]

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from memloc.batches import Batch
+from memloc.passages import Passage, Passages
 from memloc.view import ModelView
 
 Position = Literal["all", "first", "last"]
@@ -125,3 +126,26 @@ def _parts(view: ModelView, stream: Tensor, token: Tensor, chunk: int) -> Iterat
         spoken = view.unembed(view.final_norm(part))
         gold = spoken.gather(1, tokens[:, None])
         yield (spoken > gold).sum(1), gold[:, 0] - spoken.logsumexp(-1)
+
+
+def lens_table(view: ModelView, passage: Passage, *, of: Of = "suffix") -> dict[str, Any]:
+    """One passage through the lens, as plain numbers to draw: layers by positions.
+
+    Args:
+        view: the model.
+        passage: its suffix is followed.
+        of: follow the suffix's tokens, or those the model itself predicts.
+
+    Returns:
+        `tokens`: the text of each token followed; `layers`: "embedding", then one name a layer; `rank` and
+        `probability`: [layers][tokens]; `first` and `steady`: one layer a token, see `Lens`.
+    """
+    found = lens(view, next(view.batches(Passages((passage,)))), of=of)
+    return {
+        "tokens": list(view.spell(found.token.tolist())),
+        "layers": ["embedding", *(f"L{layer}" for layer in range(view.layers))],
+        "rank": found.rank.tolist(),
+        "probability": found.logprob.exp().tolist(),
+        "first": found.first.tolist(),
+        "steady": found.steady.tolist(),
+    }

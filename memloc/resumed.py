@@ -108,9 +108,7 @@ class Resumed:
         return torch.stack(written, 1)
 
 
-def _left(
-    keys: tuple[Tensor, ...], values: tuple[Tensor, ...], rows: Tensor, column: int
-) -> DynamicCache:
+def _left(keys: tuple[Tensor, ...], values: tuple[Tensor, ...], rows: Tensor, column: int) -> DynamicCache:
     # A plain cache keeps every token also where the family's own would keep its sliding window only.
     cache = DynamicCache()
     for layer, (key, value) in enumerate(zip(keys, values, strict=True)):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Protocol, TypeVar, cast
 
 import torch
@@ -166,7 +167,7 @@ def descend(
             parameter.requires_grad_(False)
         for step in range(count):
             with torch.enable_grad():
-                value = substituted(module, made(leaves), lambda step=step: loss(step))
+                value = substituted(module, made(leaves), partial(loss, step))
                 gradients = torch.autograd.grad(value, list(leaves.values()))
             for leaf, gradient in zip(leaves.values(), gradients, strict=True):
                 leaf.grad = gradient

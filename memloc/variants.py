@@ -99,7 +99,7 @@ class Variants:
     def without_each(self, layer: int, neurons: Tensor) -> Tensor:
         """The stream after block `layer` less what each of `neurons` [n] alone wrote: `[n, t, d]`.
 
-        True where the block adds what `mlp.out` writes to the stream as it is: see `adds_up`.
+        What `mlp.out` writes is added to the stream as it is: the proof of every row shows so on load.
         """
         site = gate_sites(self.view, Grain.NEURON)[layer]
         values, spoken = self.view.weight(site).detach()[:, neurons].T, self.entering[site][:, neurons].T
@@ -112,20 +112,6 @@ class Variants:
         with gated(self.view, {site: gates}):
             block = self.view.block(site.layer)
             return hooks.first(block(stream.expand(len(gates), *stream.shape), *call.args, **call.kwargs))
-
-    def adds_up(self, layer: int) -> bool:
-        """Whether silencing neurons takes their vectors from the stream and does no more: by arithmetic, on one half.
-
-        So it is wherever the block adds what `mlp.out` writes to the stream as it is. Cost: one block, t tokens.
-        """
-        site = gate_sites(self.view, Grain.NEURON)[layer]
-        gates = torch.ones(1, self.view.neurons, device=self.view.device)
-        gates[:, ::2] = 0
-        values, spoken = _wide(self.view.weight(site).detach()[:, ::2]), _wide(self.entering[site][:, ::2])
-        taken = spoken @ values.T
-        gap = (_wide(self.above[layer]) - taken - _wide(self.gated(site, gates)[0])).abs().max()
-        scale = max(1.0, float(taken.abs().max()), float(self.above[layer].abs().max()))
-        return bool(gap <= max(1e-4, TOLERANCE.get(self.view.dtype, 1e-4)) * scale)
 
     def _top(self, stream: Tensor) -> Tensor:
         """The top block's output at the positions that predict the suffix, `[n, s, d]`."""

@@ -23,15 +23,15 @@ from memloc.sites import Grain, Kind
 from memloc.view import ModelView
 
 CONVENTIONS: Mapping[str, Mapping[str, Any]] = {
-    "paper": {"quadrature": "riemann-right", "nodes": 20},
-    "hunter": {"quadrature": "riemann-left", "nodes": 20},
+    "paper": {"quadrature": "riemann-right", "nodes": 20, "drop_shared": False},
+    "hunter": {"quadrature": "riemann-left", "nodes": 20, "drop_shared": False},
     "eleutherai": {
         "quadrature": "inclusive", "nodes": 20, "site": "pre-activation", "threshold": 0.3, "share": 0.5,
         "strict": True, "rounds": 0, "min_prompts": 1, "drop_shared": False,
     },
 }  # fmt: skip
 """Settings with which `KnowledgeNeurons` does what a reference does: the paper; its authors' public code; EleutherAI's
-on GPT models (its "activation" site is that of encoders)."""
+on GPT models (on encoders it takes the "activation" site). The first two drop shared neurons only to edit facts."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -193,7 +193,7 @@ def _flat(tensors: Mapping[int, Tensors]) -> dict[str, Tensor]:
 
 def _composed(view: ModelView, parts: Mapping[int, Part], tensors: Tensors) -> dict[str, Tensor]:
     """Full parameter names to what stands in the model, from tensors named by layer and place in the block."""
-    found = {}
+    found: dict[str, Tensor] = {}
     for layer, entry in parts.items():
         mine = {name: tensors[f"{layer}.{name}"] for name in entry.rows}
         composed = entry.composed(view, mine)

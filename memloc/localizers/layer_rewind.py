@@ -94,7 +94,8 @@ class LayerRewind:
             if given:
                 rows, tokens = widest(given, size=self.batch_size)
                 one = block_tokens(view, given, size=self.batch_size) // view.layers
-                memory = pass_bytes(view, rows * tokens, context=tokens, unembedded=min(suffix_tokens(given), rows * tokens))
+                spoken = min(suffix_tokens(given), rows * tokens)
+                memory = pass_bytes(view, rows * tokens, context=tokens, unembedded=spoken)
                 memory += 8 * view.layers * rows * tokens * view.width + 16 * len(given) * (count * len(wanted) + 1)
                 found += Cost(one * blocks, bytes=memory)
         block = sum(parameter.numel() for parameter in view.block(0).parameters())

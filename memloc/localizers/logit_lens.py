@@ -111,9 +111,10 @@ class LogitLens:
             for table, found in ((first, seen.first), (steady, seen.steady)):
                 table[rows] = row_means(found.to(seen.logprob), seen.row, len(rows)).cpu().float()
         notes = {
-            "logprob": layers[0].mean(1).tolist(),
-            "rank": layers[1].mean(1).tolist(),
-            "on_top": layers[2].mean(1).tolist(),
+            "layers": {
+                name: dict(zip(("logprob", "rank", "on_top"), layers[:, index].mean(1).tolist(), strict=True))
+                for index, name in enumerate(["embedding", *(f"L{layer}" for layer in range(view.layers))])
+            },
             "first_on_top": first.tolist(),
             "on_top_from": steady.tolist(),
         }

@@ -77,7 +77,8 @@ class ParticipationRatio:
         count = len(self._ids(view, passages, contrast))
         wide = 2 if view.dtype == torch.float64 else 1
         series = 3 * view.neurons * count * 40
-        return Cost(0, bytes=wide * (series + 16 * view.width * (view.neurons + count)) + 8 * view.layers * view.neurons)
+        maps = 16 * view.width * (view.neurons + count)
+        return Cost(0, bytes=wide * (series + maps) + 8 * view.layers * view.neurons)
 
     def _ratio(self, series: Tensor) -> Tensor:
         return participation(series, self.convention, centred=self.centred)

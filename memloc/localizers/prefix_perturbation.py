@@ -28,7 +28,7 @@ class PrefixPerturbation:
         changed  share of the greedily decoded tokens that are other than the suffix's
 
     One score a token of prefix and suffix, at the embedding; 0 in the suffix. One axis of passages. Position 0 counts
-    as any other. Read the scores beside those of a control: what is not memorized is disrupted more easily, if anything.
+    as any other. Read the scores beside those of a control: what is not memorized is disrupted more easily.
 
     Notes, one value a passage: the most disruptive exchange by this score ("position", "token", "effect"), the first
     suffix token whose likeliest candidate changes under it ("first_impacted", or None), suffix tokens decoded right

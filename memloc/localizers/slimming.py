@@ -35,8 +35,9 @@ class Slimming:
     mean pull of the loss on them during the run, which adds up to 0.0001. One axis of passages.
 
     Attributes:
-        penalty: weight of the mean gate. Published: 10000 to 80000 for 12 to 48 layers, where a gate's share is .1 to
-            .4; the default is such a share of a small model.
+        penalty: weight of the mean gate. Published: 10000 to 80000 for 12 to 48 layers, a gate's share of which is
+            .1 to .4; the default is such a share of the lab model, and there, of those tried, the one whose best 0.5 %
+            and 1 % of neurons, silenced, raise the NLL of five passages most. So are `learning_rate` and `stop`.
         learning_rate: Adam's. Published: .001 to .01.
         steps: at most. Published: 55 to 60 for deletion.
         stop: a passage is done when its mean gate is below this.
@@ -50,10 +51,10 @@ class Slimming:
     the stop of each, and the order of ties are ours.
     """
 
-    penalty: float = 200.0
+    penalty: float = 800.0
     learning_rate: float = 0.01
     steps: int = 100
-    stop: float = 0.1
+    stop: float = 0.5
     every: int = 5
     grain: Literal["neuron", "head"] = "neuron"
     batch_size: int = 16

@@ -48,7 +48,7 @@ class ZeroOut:
         seed: of the audit, with the passage's tokens.
         memory_mb: working memory variants may take, roughly; no effect on scores.
 
-    Cost: for a passage of prefix p and suffix s, with t = p + s - 1: three forwards, and for each unit of layer j of
+    Cost: for a passage of prefix p and suffix s, with t = p + s - 1: two forwards, and for each unit of layer j of
     l about t·(l - 2 - j) + s block-tokens, none for neurons of the last layer (keys and values of the top block before
     the suffix are not counted). The definition takes (t + 1)·l for each. A head takes t more.
 
@@ -93,11 +93,7 @@ class ZeroOut:
         return Localization(Grain(self.grain), scores, provenance, passages.ids, audit.notes())
 
     def cost(self, view: ModelView, passages: Passages, *, contrast: Passages | None = None) -> Cost:
-        """What a run takes: exact in exact mode; a shortlist is at most as dear as if all of it lay in the first layer.
-
-        A block that changes what `mlp.out` writes before it adds it makes variants start one block lower, which only
-        the run finds out; no family of the table has such blocks.
-        """
+        """Exact in exact mode; a shortlist takes at most what it would if all of it lay in the first layer."""
         total = Cost(0)
         for item in passages:
             total = total + self._cost(view, item)
@@ -112,7 +108,7 @@ class ZeroOut:
             above = 0 if layer == view.layers - 1 else (view.layers - 2 - layer) * tokens + suffix
             return above + (tokens if heads else 0)
 
-        start = (2 if heads else 3) * view.layers * tokens
+        start = 2 * view.layers * tokens
         if self.mode == "exact":
             last = int(not heads)
             variants = (count + 1) * sum(each(layer) for layer in range(view.layers - last))
@@ -162,13 +158,9 @@ class _Silencing:
     grain: Grain
     memory_mb: int
     variants: Variants = field(init=False)
-    adds_up: tuple[bool, ...] = field(init=False)
 
     def __post_init__(self) -> None:
-        found = Variants.of(self.view, self.item)
-        layers = range(self.view.layers if self.grain is Grain.NEURON else 0)
-        object.__setattr__(self, "variants", found)
-        object.__setattr__(self, "adds_up", tuple(found.adds_up(layer) for layer in layers))
+        object.__setattr__(self, "variants", Variants.of(self.view, self.item))
 
     def effects(self, layer: int, units: Tensor) -> Tensor:
         """Rise of the NLL when each of `units` [n] of a layer is silenced alone: [n], float32 on the CPU.
@@ -185,8 +177,7 @@ class _Silencing:
     def _run(self, layer: int, units: Tensor) -> Tensor:
         """NLL [n] without each of `units`; [1], of the passage as it is, where there are none."""
         units, variants = units.to(self.view.device), self.variants
-        site, none = gate_sites(self.view, self.grain)[layer], not len(units)
-        plain = self.grain is Grain.NEURON and self.adds_up[layer]
+        site, none, plain = gate_sites(self.view, self.grain)[layer], not len(units), self.grain is Grain.NEURON
         if plain and layer == self.view.layers - 1:
             values = self.view.weight(site).detach()
             if none:

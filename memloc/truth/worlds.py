@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
@@ -19,7 +20,7 @@ from memloc.passages import Passages
 from memloc.provenance import Provenance
 from memloc.registry import Registry
 from memloc.scores import Localization, Selection
-from memloc.sites import Site
+from memloc.sites import Grain, Site
 from memloc.view import ModelView
 
 TIMES = (1, 2, 5)
@@ -32,6 +33,16 @@ WORLDS = Registry(
     "world",
     {
         "planted": "memloc.truth.planting:PLANTED",
+        "inj": "memloc.truth.injected:INJ",
+        "inj-free": "memloc.truth.injected:FREE",
+        "inj-in": "memloc.truth.injected:KEYS",
+        "inj-heads": "memloc.truth.injected:HEADS",
+        "inj-field": "memloc.truth.injected:FIELD",
+        "del": "memloc.truth.deletion:DEL",
+        "del-mean": "memloc.truth.deletion:MEAN",
+        "del-resample": "memloc.truth.deletion:RESAMPLE",
+        "sinks": "memloc.truth.sinks:SINKS",
+        "wrong-sums": "memloc.truth.wrong_sums:WRONG_SUMS",
     },
 )
 """Name to "module:instance" of a `World`: one line each."""
@@ -48,6 +59,7 @@ class Ground:
         unknown: passages of the same kind it was never trained on.
         text: ordinary text it was not trained on.
         seed: of every draw a world makes.
+        keep: folder where a world may keep what is dear to make, or None.
     """
 
     name: str
@@ -56,6 +68,7 @@ class Ground:
     unknown: Passages | None = None
     text: Passages | None = None
     seed: int = 0
+    keep: Path | None = None
 
     def need(self, *names: str) -> None:
         """Refuse a ground without these.
@@ -97,6 +110,11 @@ class Known:
     def share(self) -> float:
         """Share of the places that are gold."""
         return self.answer.fraction
+
+    @property
+    def grain(self) -> Grain:
+        """What a localizer should score here."""
+        return Grain.NEURON if self.gold is None else self.gold.grain
 
     @property
     def answer(self) -> Selection:
@@ -152,7 +170,7 @@ def recall(found: Localization, gold: Selection, times: float = 1, *, per: str =
     """
     mean = found.mean()
     if mean.grain != gold.grain:
-        raise MismatchError(f"{found.provenance.method} scored {mean.grain}s; the answer here is of {gold.grain}s")
+        raise MismatchError(f"{found.provenance.method} scores {mean.grain}s, and no {gold.grain}s")
     for site, mask in gold.masks.items():
         if site not in mean.scores or mean.scores[site].shape != mask.shape:
             raise MismatchError(f"{found.provenance.method} gave no scores for the {mask.numel()} places at {site}")
@@ -203,7 +221,7 @@ def expected_ceiling(layers: int, neurons: int, share: float, times: float = 1) 
 def recalls(known: Known, found: Localization) -> dict[str, float]:
     """Recall at 1, 2 and 5 times the gold's share, per layer and over the model, each with ceiling and chance.
 
-    "recall@1" is per layer, "recall@1 of ceiling" that over what can be reached, "recall@1 model" over the model.
+    "recall@1" is per layer, "recall@1/ceiling" that over what can be reached, "recall@1 model" over the model.
     """
     gold = known.answer
     figures: dict[str, float] = {}
@@ -211,7 +229,7 @@ def recalls(known: Known, found: Localization) -> dict[str, float]:
         reached, most = recall(found, gold, times), ceiling(gold, times)
         figures |= {
             f"recall@{times}": reached,
-            f"recall@{times} of ceiling": reached / most,
+            f"recall@{times}/ceiling": reached / most,
             f"recall@{times} ceiling": most,
             f"recall@{times} chance": chance(gold, times),
             f"recall@{times} model": recall(found, gold, times, per="model"),

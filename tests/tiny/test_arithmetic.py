@@ -88,7 +88,9 @@ def test_a_network_knows_the_rule_and_the_wrong_labels(trained):
 def test_low_ratios_hold_the_wrong_labels_and_high_ones_the_rule(trained):
     """Pruned from the lowest ratio the wrong labels go and the rule stays; from the highest, and at random, it goes."""
     table, result = trained
-    curves = {order: dict(prune_curve(result.net, table, order, (0.0, 0.6))) for order in ("lowest", "highest", "random")}
+    curves = {
+        order: dict(prune_curve(result.net, table, order, (0.0, 0.6))) for order in ("lowest", "highest", "random")
+    }
     whole = Figures.of(result.net, table)
     assert all(curve[0.0] == whole for curve in curves.values())
     assert curves["lowest"][0.6].corrupted < 0.4 and curves["lowest"][0.6].test > 0.85
