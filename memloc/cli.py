@@ -9,7 +9,6 @@ from memloc.errors import InputError
 from memloc.methods import LOCALIZERS, MEASURES
 from memloc.registry import Registry
 from memloc.terminal import Terminal
-from memloc.verbs import ablate, check, compare, lab, localize, measure, report, show, significant
 from memloc.verbs import ablate, check, compare, lab, localize, measure, report, show, significant, truth
 
 

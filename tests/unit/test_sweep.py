@@ -20,7 +20,8 @@ from editors.cli import main
 from memloc.ablation import Ablation
 from memloc.ablation_plots import draw
 from memloc.checks import hands_off
-from memloc.components import named
+from memloc.components import named, parts_of
+from memloc.costs import counted
 from memloc.errors import ArtifactError, InputError, MemlocError, MismatchError
 from memloc.localizers.activation import Activation
 from memloc.measures.extraction import Extraction
@@ -281,6 +282,9 @@ WRONG = {
     },
     r"ablate\[0\]: seeds: 'one'; expected a list of whole number": {"ablate": [{"every": "head", "seeds": "one"}]},
     r"ablate\[0\]: positions: 'middle'; expected one of all": {"ablate": [{"every": "head", "positions": "middle"}]},
+    r"ablate\[0\]: positions: \[1, -1\]; expected numbers from 0": {
+        "ablate": [{"every": "head", "positions": [1, -1]}]
+    },
     r"ablate\[0\]: counts: missing; expected one of counts and fractions": {
         "ablate": [{"localization": "{lab}/model.safetensors"}]
     },
@@ -300,9 +304,10 @@ def test_a_grid_that_cannot_be_used_is_refused_in_one_line(tiny_lab, said):
 @pytest.mark.parametrize(
     "said, changes",
     [
-        ("every, L0H0: short-circuit: L0.mlp", {"ablate": [{"components": ["L0.mlp"], "how": "short-circuit"}]}),
-        (r"no head \[9\] of L0.attn.out", {"ablate": [{"components": ["L0H9"]}]}),
-        ("windows: 3; expected 1 to 2", {"ablate": [{"windows": [3]}]}),
+        ("ablate 'components', L0.mlp: short-circuit: L0.mlp", {"ablate": [
+            {"components": ["L0.mlp"], "how": "short-circuit"}]}),
+        (r"ablate 'components': no head \[9\] of L0.attn.out", {"ablate": [{"components": ["L0H9"]}]}),
+        ("ablate 'windows': windows: 3; expected 1 to 2", {"ablate": [{"windows": [3]}]}),
         ("holds|was not written by memloc", {"ablate": [{"localization": "{lab}/model.safetensors", "counts": [1]}]}),
         ("no record matches", {"data": {"recited": {"passages": "{lab}/passages.jsonl#dose=7"}}, "measure": [
             {"name": "extraction", "data": "recited"}]}),
@@ -310,8 +315,26 @@ def test_a_grid_that_cannot_be_used_is_refused_in_one_line(tiny_lab, said):
 )  # fmt: skip
 def test_what_the_model_or_the_data_have_not_is_said_before_anything_runs(tiny_lab, said, changes):
     changes = json.loads(json.dumps(changes).replace("{lab}", str(tiny_lab)))
-    with pytest.raises(MemlocError, match=said.replace("every, L0H0", "components, L0.mlp")):
+    with pytest.raises(MemlocError, match=said):
         Plan.of(Grid.of(content(tiny_lab, **changes)))
+
+
+def test_a_plan_tells_what_cells_take(tiny_lab, plan, tmp_path):
+    """Block-tokens to the token, and memory from above, for every kind of cell."""
+    bench, seen = work.Bench(plan, tmp_path), set()
+    for key, cell in plan.cells.items():
+        kind = (cell.asked.name, cell.ablation and cell.ablation.how)
+        if kind not in seen:
+            view = bench._open(cell)
+            with counted(view) as spent:
+                bench.run(cell)
+            assert spent.forward == plan.costs[key].forward and spent.bytes <= plan.costs[key].bytes
+            seen.add(kind)
+    assert len(seen) == 8
+    text = plan.references[str(tiny_lab)]
+    with counted(view) as spent:
+        replace(text, tokens=7).usual(view, parts_of(view, named(view, ["L0H0"])[0]))
+    assert spent.forward == plan.reading[str(tiny_lab)].forward
 
 
 def test_a_reference_is_asked_for_where_it_is_needed(tiny_lab):
