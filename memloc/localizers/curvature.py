@@ -50,7 +50,8 @@ class Curvature:
             band writes.
         measure: of components: "norm" as above, or "share", the band's share of all bands in the place of its norm,
             which does not see that a passage is louder as a whole.
-        positions: of the passages: those "predicting" the suffix, or "all" but the last.
+        positions: those "predicting" the suffix, of the reference too, or "all" but the last. Plain text as windows has
+            a prefix of one token: where places in the text matter, give ordinary text cut as the passages are.
         keep: neurons and weights: share of the curvature whose pairs are not counted.
         labels: for G: "sampled" from the model at every token (the paper's), or the "true" next tokens.
         correction: rank pairs by EK-FAC's curvatures, estimated per passage in the same bases.
