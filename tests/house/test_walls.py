@@ -35,6 +35,7 @@ FLOORS: tuple[str, ...] = (
     "memloc.variants",
     "memloc.ablation memloc.map_gradients memloc.patching",
     "memloc.curvature memloc.patched memloc.sweep memloc.truth",
+    "memloc.curvature_bands",
     "memloc.checks memloc.first_order memloc.spot_check memloc.verbs",
     "memloc.cli memloc.localizers",
     "editors editors.methods editors.deltas editors.rounding editors.packing editors.shards editors.masks",
