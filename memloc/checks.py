@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from memloc.costs import Cost, counted
+from memloc.parts import in_parts
 from memloc.passages import Passage, Passages
 from memloc.provenance import digest_tensor, settings_of
 from memloc.scores import Localization
@@ -146,6 +147,21 @@ def says_where_it_comes_from(localizer: Any, view: ModelView, passages: Passages
     _require(made.inputs.get("passages") == passages.digest, "provenance has no digest of the passages, or of others")
 
 
+def goes_on_in_parts(localizer: Any, view: ModelView, passages: Passages, contrast: Passages | None) -> None:
+    """Run in parts, with one found from a run that was cut short, a method says what it says at once."""
+    if not getattr(localizer, "in_parts", False):
+        return
+    whole = localizer(view, passages, contrast=contrast)
+    with tempfile.TemporaryDirectory() as folder:
+        first = in_parts(localizer, view, passages, folder, contrast=contrast, size=2)
+        sorted(Path(folder).glob("*/part-*"))[-1].unlink()
+        again = in_parts(localizer, view, passages, folder, contrast=contrast, size=2)
+    for found, what in ((first, "in parts of 2"), (again, "one part read, one run again")):
+        _agree(whole, found, view, what)
+        _require(found.passages == whole.passages and found.lengths == whole.lengths, f"{what}: other passages")
+        _require(found.notes.keys() == whole.notes.keys(), f"{what}: other notes")
+
+
 def costs_what_it_says(localizer: Any, view: ModelView, passages: Passages, contrast: Passages | None) -> None:
     """What `cost` foretells is what a run takes, within the bound it names; memory stays within the plan."""
     if not hasattr(localizer, "cost"):
@@ -169,6 +185,7 @@ CHECKS: tuple[Callable[[Any, ModelView, Passages, Passages | None], None], ...] 
     scores_real_places,
     survives_the_disk,
     says_where_it_comes_from,
+    goes_on_in_parts,
     costs_what_it_says,
 )
 """The battery, in order."""

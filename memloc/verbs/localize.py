@@ -3,35 +3,110 @@
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 from typing import TYPE_CHECKING
 
-from memloc.command import common, need_passages, open_view, out, read_facts, read_passages
-from memloc.terminal import Terminal
+from memloc import store
+from memloc.command import common, need_passages, open_view, out, read_facts, read_passages, read_text
+from memloc.errors import InputError
+from memloc.terminal import Terminal, complain
 from memloc.verbs.printing import localization_json, print_localization
 
 if TYPE_CHECKING:
+    from memloc.passages import Passages
     from memloc.scores import Localization
+    from memloc.view import ModelView
 
 
 def flags(parser: argparse.ArgumentParser) -> None:
     """Add its flags."""
-    common(parser, "model", "passages", "controls", "contrast", "facts", "prefix", "suffix", "seed")
+    common(parser, "model", "passages", "controls", "contrast", "text", "facts", "prefix", "suffix", "seed")
+    parser.add_argument("--paraphrases", action="store_true", help="with --facts: their other phrasings too")
     out(parser, "localization.safetensors (with --controls, theirs beside it: NAME.controls.safetensors)")
     parser.add_argument("--top", type=int, default=20, help="rows to print (default: 20)")
+    parser.add_argument("--plan", action="store_true", help="tell what the run would take, and stop")
 
 
 def run(arguments: argparse.Namespace, terminal: Terminal) -> None:
-    """Localize, print the best places, save."""
+    """Tell the plan, localize, print the best places, save."""
+    if arguments.out is not None:
+        store.check_target(arguments.out)
     view = open_view(arguments)
     facts = read_facts(arguments.facts, view)
-    passages = facts.as_passages("true") if facts else need_passages(arguments.passages, view, arguments)
-    contrast = read_passages(arguments.contrast, view, arguments)
+    if facts is None and arguments.paraphrases:
+        raise InputError("--paraphrases are those of --facts FILE; none is given")
+    passages = (
+        facts.as_passages("true", paraphrases=arguments.paraphrases)
+        if facts
+        else need_passages(arguments.passages, view, arguments)
+    )
+    contrast = _contrast(arguments, view)
     controls = read_passages(arguments.controls, view, arguments)
-    found: Localization = arguments.method(view, passages, contrast=contrast)
-    beside = None if controls is None else arguments.method(view, controls, contrast=contrast)
-    if arguments.out is not None:
-        found.save(arguments.out)
-        if beside is not None:
-            beside.save(arguments.out.with_suffix(f".controls{arguments.out.suffix}"))
+    plan = _plan(arguments, view, passages, controls, contrast, terminal)
+    if arguments.plan:
+        terminal.result({"plan": plan})
+        return
+    found = _localize(arguments, view, passages, contrast, terminal, "")
+    beside = None if controls is None else _localize(arguments, view, controls, contrast, terminal, ".controls")
     print_localization(found, terminal, arguments.top, beside)
-    terminal.result(localization_json(found, arguments.top, beside))
+    terminal.result({**localization_json(found, arguments.top, beside), "plan": plan})
+
+
+def _contrast(arguments: argparse.Namespace, view: ModelView) -> Passages | None:
+    """The second data set, as passages or as ordinary text."""
+    if arguments.contrast is not None and arguments.text is not None:
+        raise InputError("--contrast and --text both name the second data set; give one")
+    return read_text(arguments.text, view) or read_passages(arguments.contrast, view, arguments)
+
+
+def _plan(
+    arguments: argparse.Namespace,
+    view: ModelView,
+    passages: Passages,
+    controls: Passages | None,
+    contrast: Passages | None,
+    terminal: Terminal,
+) -> str | None:
+    """What the run will take, said before it starts; None where the method cannot tell."""
+    if not hasattr(arguments.method, "cost"):
+        return None
+    cost = arguments.method.cost(view, passages, contrast=contrast)
+    if controls is not None:
+        cost += arguments.method.cost(view, controls, contrast=contrast)
+    told: str = cost.told(view, passages)
+    terminal.note(f"plan: {told}")
+    return told
+
+
+def _localize(
+    arguments: argparse.Namespace,
+    view: ModelView,
+    passages: Passages,
+    contrast: Passages | None,
+    terminal: Terminal,
+    suffix: str,
+) -> Localization:
+    """Run the method, in parts that survive an interrupt where it can; save where a file is named."""
+    if arguments.out is None:
+        found: Localization = arguments.method(view, passages, contrast=contrast)
+        return found
+    from memloc import parts
+
+    path: Path = arguments.out.with_suffix(f"{suffix}{arguments.out.suffix}") if suffix else arguments.out
+    folder = path.with_name(f".{path.name}.parts")
+    if not getattr(arguments.method, "in_parts", False):
+        found = arguments.method(view, passages, contrast=contrast)
+    else:
+        ready = parts.finished(folder)
+        if ready:
+            terminal.note(f"{ready} parts of an interrupted run lie in {folder}; those of this very run are used")
+        try:
+            found = parts.in_parts(arguments.method, view, passages, folder, contrast=contrast)
+        except KeyboardInterrupt:
+            complain(
+                f"{parts.finished(folder)} finished parts are kept in {folder}; the same command goes on from there"
+            )
+            raise
+    found.save(path)
+    parts.discard(folder)
+    return found
