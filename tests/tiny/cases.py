@@ -67,6 +67,8 @@ def retraining(**settings: Any) -> Callable[[ModelView, Path], Any]:
 
 
 DEFAULTS: Mapping[str, Entry] = {
+    "hard-concrete": HardConcrete(steps=4, every=2, learning_rate=0.2),
+    "slimming": Slimming(steps=4, every=2, learning_rate=0.05),
     "causal-trace": CausalTrace(draws=3),
     "hard-concrete": HardConcrete(steps=8, every=2),
     "layer-retrain": retraining(),
@@ -114,8 +116,8 @@ VARIANTS: Mapping[str, Entry] = {
     "activation head": Activation(grain="head"),
     "activation signed": Activation(signed=True, values=False),
     "random weight": Random(grain="weight"),
-    "slimming head": Slimming(grain="head", steps=30, learning_rate=0.05),
-    "hard-concrete head": HardConcrete(grain="head", steps=30, stop=0.8),
+    "slimming head": Slimming(grain="head", steps=8, learning_rate=0.1),
+    "hard-concrete head": HardConcrete(grain="head", steps=8, stop=0.8, learning_rate=0.2),
     "outlier-set nll": OutlierSet(until="nll", growth=2),
     "zero-out head": ZeroOut(grain="head", memory_mb=1),
     "zero-out shortlist": ZeroOut(mode="shortlist", verify=15, audit=5),
