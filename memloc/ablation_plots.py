@@ -39,7 +39,7 @@ class Picture:
 
     title: str
     panels: tuple[tuple[str, Callable[[Axes], None]], ...]
-    size: tuple[float, float] = (6.0, 3.2)
+    size: tuple[float, float] = (6.8, 3.2)
 
     def save(self, path: str | Path) -> None:
         """Write `path`.png and `path`.svg, atomically; the same bytes for the same rows and matplotlib."""
@@ -72,7 +72,8 @@ def draw(rows: Rows) -> Iterator[tuple[str, Picture]]:
     for (model, name, measure, data), group in groups.items():
         mine = [row for row in group if row.figure == group[0].figure]
         parts = [Path(model).name] if several else []
-        title = ": ".join([*parts, name]) + f"\n{mine[0].figure}, {measure} of {data}"
+        figure = mine[0].figure if measure == mine[0].figure else f"{mine[0].figure} ({measure})"
+        title = ": ".join([*parts, name]) + f"\n{figure} of {data}"
         yield _slug("-".join([*parts, name, measure, data])), _picture(title, mine)
 
 
@@ -108,7 +109,7 @@ class _Effect:
     place: tuple[int, str] | None
     change: float
     ends: tuple[float, float] | None
-    random: tuple[float, float] | None
+    random: tuple[float, ...]
 
     @property
     def sure(self) -> bool:
@@ -180,8 +181,7 @@ def _effects(rows: Rows) -> tuple[list[_Effect], _Axis]:
         )
         if changes:
             ends = (min(lows), max(highs)) if lows and highs else None
-            beside = (min(random), max(random)) if random else None
-            found.append(_Effect(label, way, _place(own[0]), sum(changes) / len(changes), ends, beside))
+            found.append(_Effect(label, way, _place(own[0]), sum(changes) / len(changes), ends, tuple(random)))
     return found, axis
 
 
@@ -198,10 +198,10 @@ def effect_bars(ax: Axes, rows: Rows) -> None:
                label=_once(effect.way, named))  # fmt: skip
         if effect.ends is not None:
             ax.plot([left, left], effect.ends, color=INK, linewidth=1, alpha=0.6)
-        if effect.random is not None:
-            ends, (low, high) = [left - thick / 2, left + thick / 2], effect.random
-            ax.fill_between(ends, low, high, color=MUTED, alpha=0.4, linewidth=0)
-            ax.plot(ends, [(low + high) / 2] * 2, color=MUTED, linewidth=1.6, label=_once("random controls", named))
+        if effect.random:
+            ends, mean = [left - thick / 2, left + thick / 2], sum(effect.random) / len(effect.random)
+            ax.fill_between(ends, min(effect.random), max(effect.random), color=MUTED, alpha=0.4, linewidth=0)
+            ax.plot(ends, [mean] * 2, color=MUTED, linewidth=1.6, label=_once("random controls", named))
     _axis(ax, "layer" if not any("-" in label for label in labels) else "layers", axis.label)
     axis.ticks(ax)
     ax.axhline(0, color=INK, linewidth=0.8)
@@ -233,7 +233,7 @@ def effect_map(ax: Axes, rows: Rows) -> None:
     ax.set_xlim(0, max(1, len(columns)))
     ax.set_ylim(0, max(1, len(layers)))
     lines = ["head"] if all(column.isdigit() for column in columns) else []
-    random = [end for effect in effects if effect.random for end in effect.random]
+    random = [change for effect in effects for change in effect.random]
     lines += [axis.label]
     lines += [f"random controls: {axis.written(min(random))} to {axis.written(max(random))}"] if random else []
     _axis(ax, "\n".join(lines), "layer")
@@ -253,9 +253,9 @@ def effect_list(ax: Axes, rows: Rows, most: int = 24) -> None:
         ax.barh(y, effect.change, 0.62, color=LOSS if effect.change < 0 else GAIN, linewidth=0)
         if effect.ends is not None:
             ax.plot(effect.ends, [y, y], color=INK, linewidth=1, alpha=0.6)
-        if effect.random is not None:
-            left, right = effect.random
-            ax.plot([left, right], [y - 0.38] * 2, color=MUTED, linewidth=3.5, marker="|", markersize=5,
+        if effect.random:
+            ends = [min(effect.random), max(effect.random)]
+            ax.plot(ends, [y - 0.38] * 2, color=MUTED, linewidth=3.5, marker="|", markersize=5,
                     label=_once("random controls", named))  # fmt: skip
     _axis(ax, axis.label, "")
     axis.ticks(ax, across=True)
@@ -356,7 +356,7 @@ def _once(label: str, named: set[str]) -> str:
 
 def _legend(ax: Axes, least: int = 2) -> None:
     if len(ax.get_legend_handles_labels()[1]) >= least:
-        ax.legend(frameon=False, fontsize=7.5, labelcolor=INK, loc="best")
+        ax.legend(frameon=False, fontsize=7.5, labelcolor=INK, loc="upper left", bbox_to_anchor=(1.0, 1.0))
 
 
 def _slug(text: str) -> str:

@@ -54,7 +54,7 @@ class Reference:
     tokens: int = 256
     seed: int = 0
     batch_size: int = 32
-    _known: dict[tuple[str, str, str], Usual] = field(default_factory=dict, repr=False)
+    _known: dict[tuple[str, str, str], Usual] = field(default_factory=dict, init=False, repr=False)
 
     def __post_init__(self) -> None:
         if not self.passages:

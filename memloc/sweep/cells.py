@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from argparse import Namespace
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -14,7 +15,7 @@ from memloc.ablation import FACTORS, REFERRING, Ablation
 from memloc.command import read_facts, read_passages, read_text
 from memloc.components import Components, Directions, apart, everything, layers, named, names_of, parts_of
 from memloc.costs import Cost, block_tokens, pass_bytes, widest
-from memloc.errors import InputError, MismatchError
+from memloc.errors import InputError, MemlocError
 from memloc.passages import Facts, Passage, Passages
 from memloc.ports import width
 from memloc.provenance import digest_json, settings_of, versions
@@ -77,6 +78,7 @@ class Plan:
         references: model name to the reference text, where one is needed.
         notes: what was decided on the way and should be known.
         costs: key of a cell to what it takes.
+        reading: model name to what its reference text takes, once in each process that needs it.
     """
 
     lines: tuple[Line, ...]
@@ -86,6 +88,7 @@ class Plan:
     references: Mapping[str, Reference]
     notes: tuple[str, ...]
     costs: Mapping[str, Cost]
+    reading: Mapping[str, Cost]
 
     @property
     def cells(self) -> dict[str, Cell]:
@@ -106,6 +109,7 @@ class Plan:
         references: dict[str, Reference] = {}
         notes: list[str] = []
         costs: dict[str, Cost] = {}
+        reading: dict[str, Cost] = {}
         for name in grid.models:
             view = ModelView.open(name)
             models[name] = view.digest
@@ -119,13 +123,20 @@ class Plan:
             maker = _Maker(name, models[name], data, references.get(name))
             mine = [Line(maker.cell(asked, None), "", "", 0, "", 0) for asked in grid.measures]
             for sets in grid.sets:
-                found = [line for line in _lines(view, sets, grid.measures, maker, notes)]
-                mine += found
+                with _named(f"ablate {sets.name!r}"):
+                    mine += _lines(view, sets, grid.measures, maker, notes)
             for line in mine:
-                costs.setdefault(line.cell.key, _cost(view, line.cell, rows[name, line.cell.asked.data]))
-                _check(view, line, rows[name, line.cell.asked.data])
+                of = rows[name, line.cell.asked.data]
+                with _named(f"ablate {line.sets!r}, {line.label}"):
+                    _check(view, line, of)
+                if line.cell.key not in costs:
+                    costs[line.cell.key] = _cost(view, line.cell, of, grid.reference_tokens)
             lines += mine
-        return cls(tuple(lines), models, data, rows, references, tuple(dict.fromkeys(notes)), costs)
+            referring = any(line.cell.ablation and line.cell.ablation.how in REFERRING for line in mine)
+            if name in references and referring:
+                known = references[name]
+                reading[name] = Cost(block_tokens(view, known.passages, size=known.batch_size))
+        return cls(tuple(lines), models, data, rows, references, tuple(dict.fromkeys(notes)), costs, reading)
 
 
 @dataclass(frozen=True)
@@ -213,7 +224,7 @@ def _chosen(view: ModelView, sets: Sets) -> Iterator[tuple[str, tuple[Components
     elif sets.source == "windows":
         for size in sets.value:
             if not 1 <= size <= view.layers:
-                raise InputError(f"{sets.name}: windows: {size}; expected 1 to {view.layers}, the model's layers")
+                raise InputError(f"windows: {size}; expected 1 to {view.layers}, the model's layers")
             for start in range(view.layers - size + 1):
                 label = f"L{start}" if size == 1 else f"L{start}-L{start + size - 1}"
                 yield label, (layers(view, range(start, start + size)),)
@@ -294,11 +305,17 @@ def _check(view: ModelView, line: Line, rows: Passages) -> None:
     prefixes = prefixes_of(ablation, rows)
     # Entered and left again: hooks are set and gone, no pass is run, and the reference is not read.
     probe = ablation if ablation.how not in REFERRING else replace(ablation, how="zero", factor=None)
+    with probe.applied(view, prefixes=prefixes):
+        pass
+
+
+@contextlib.contextmanager
+def _named(where: str) -> Iterator[None]:
+    """Errors on purpose say where in the grid they come from."""
     try:
-        with probe.applied(view, prefixes=prefixes):
-            pass
-    except (InputError, MismatchError) as error:
-        raise type(error)(f"{line.sets}, {line.label}: {error}") from error
+        yield
+    except MemlocError as error:
+        raise type(error)(f"{where}: {error}") from error
 
 
 def prefixes_of(ablation: Ablation, rows: Passages) -> list[tuple[int, ...]]:
@@ -306,7 +323,7 @@ def prefixes_of(ablation: Ablation, rows: Passages) -> list[tuple[int, ...]]:
     return sorted({item.prefix for item in rows}) if ablation.positions in ("prefix", "suffix") else []
 
 
-def _cost(view: ModelView, cell: Cell, rows: Passages) -> Cost:
+def _cost(view: ModelView, cell: Cell, rows: Passages, tokens_kept: int) -> Cost:
     size = int(getattr(cell.asked.measure, "batch_size", 32))
     count, tokens = widest(rows, size=size)
     spoken = min(2**23 // view.vocab, count * tokens)
@@ -314,10 +331,11 @@ def _cost(view: ModelView, cell: Cell, rows: Passages) -> Cost:
     if cell.ablation is not None:
         parts = [part for entry in cell.ablation.of for part in parts_of(view, entry)]
         widths = [width(view, part.port) for part in parts]
-        # A replaced activation and what it is made from, one port at a time.
-        memory += count * tokens * max(widths) * (40 if cell.ablation.how == "noise" else 16)
+        wide = 8 if view.dtype == torch.float64 else 4
+        # What is put in the place of an activation and what it is made from, one port at a time; draws are float64.
+        memory += count * tokens * max(widths) * (48 if cell.ablation.how == "noise" else 4 * wide)
         if cell.ablation.how in REFERRING:
-            memory += 4 * 256 * sum(widths)
+            memory += wide * (tokens_kept + 2) * sum(widths)
     return Cost(block_tokens(view, rows, size=size), 0, memory)
 
 

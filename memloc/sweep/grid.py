@@ -38,7 +38,7 @@ from __future__ import annotations
 
 import tomllib
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -142,7 +142,7 @@ class Grid:
     measures: tuple[Asked, ...]
     sets: tuple[Sets, ...]
     reference: Data | None = None
-    reference_tokens: int = field(default=256)
+    reference_tokens: int = 256
 
     @classmethod
     def read(cls, path: str | Path, **values: str) -> Grid:
@@ -301,10 +301,9 @@ def _value(table: Table, source: str, folder: Path) -> tuple[Any, dict[str, Any]
 
 
 def _positions(table: Table) -> Any:
-    found = table.take("positions", "list of whole number") if not _named(table) else table.choice(
-        "positions", ("all", "prefix", "suffix"), "all")  # fmt: skip
-    return "all" if found is None else found
-
-
-def _named(table: Table) -> bool:
-    return isinstance(table._values.get("positions", ""), str)
+    if not table.lists("positions"):
+        return table.choice("positions", ("all", "prefix", "suffix"), "all")
+    found = table.take("positions", "list of whole number")
+    if min(found) < 0:
+        raise table.wrong("positions", list(found), "numbers from 0, the row's first token")
+    return found

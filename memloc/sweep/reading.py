@@ -36,6 +36,10 @@ class Table:
         """Whether the key is there and not taken yet."""
         return key in self._values
 
+    def lists(self, key: str) -> bool:
+        """Whether the key holds a list."""
+        return isinstance(self._values.get(key), list)
+
     def take(self, key: str, expected: str, default: Any = None, *, needed: bool = False) -> Any:
         """The value of `key`, if it is what `expected` says: "text", "number", "whole number", "true or false".
 

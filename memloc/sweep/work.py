@@ -7,6 +7,7 @@ import os
 import pickle
 import queue
 import signal
+import threading
 import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -145,7 +146,7 @@ def _side_by_side(plan: Plan, folder: Path, pending: Sequence[Cell], jobs: int) 
     blob = pickle.dumps((plan, folder))
     workers = [context.Process(target=_work, args=(blob, tasks, done), daemon=True) for _ in range(jobs)]
     try:
-        with _one_thread():
+        with _as_children_start():
             for worker in workers:
                 worker.start()
         for cell in pending:
@@ -181,8 +182,6 @@ def _work(blob: bytes, tasks: Any, done: Any) -> None:
     """One process: takes keys until there is none."""
     import torch
 
-    # The keyboard's interrupt goes to all; the first process ends the others.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
     torch.set_num_threads(1)
     plan, folder = pickle.loads(blob)
     bench, cells = Bench(plan, folder), plan.cells
@@ -201,12 +200,17 @@ def _portable(error: Exception) -> Any:
 
 
 @contextmanager
-def _one_thread() -> Iterator[None]:
+def _as_children_start() -> Iterator[None]:
+    """What processes inherit: one thread each, and deaf to the keyboard from their first moment (the parent is not)."""
     before = os.environ.get("OMP_NUM_THREADS")
+    main = threading.current_thread() is threading.main_thread()
+    heard = signal.signal(signal.SIGINT, signal.SIG_IGN) if main else None
     os.environ["OMP_NUM_THREADS"] = "1"
     try:
         yield
     finally:
+        if main:
+            signal.signal(signal.SIGINT, heard)
         if before is None:
             del os.environ["OMP_NUM_THREADS"]
         else:

@@ -54,9 +54,11 @@ def told_plan(plan: Plan, missing: Sequence[str], jobs: int) -> list[str]:
     tokens = sum(plan.costs[key].forward for key in missing)
     memory = max((cost.bytes for cost in plan.costs.values()), default=0)
     cells = len(plan.cells)
+    reading = sum(cost.forward for cost in plan.reading.values())
+    beside = f" ({reading:,} more for the reference text, in each process)" if reading and missing else ""
     lines = [
         f"{cells} cells ({cells - len(missing)} of them there already), {len(plan.lines)} lines of the table",
-        f"{tokens:,} block-tokens forward for the {len(missing)} cells missing",
+        f"{tokens:,} block-tokens forward for the {len(missing)} cells missing{beside}",
         f"working memory up to {memory / 2**20:.0f} MB, and the model, in each of {jobs} process{'es' * (jobs > 1)}",
     ]
     return lines + [f"note: {note}" for note in plan.notes]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 import zoo
@@ -289,6 +291,7 @@ def test_a_reference_is_read_once_a_model_and_without_its_padding(view_of):
     size = len(other._known)
     with Ablation(of=(pick(view),), how="noise").applied(view, reference=other):
         assert len(other._known) == size
+    assert not replace(other, tokens=5)._known, "another reference has read nothing yet"
 
 
 def test_strict_extraction_under_noise_is_what_greedy_decoding_gives(view_of):

@@ -5,10 +5,10 @@ from __future__ import annotations
 import csv
 import json
 import math
+import multiprocessing
 import pickle
 import queue
 import runpy
-import signal
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -20,7 +20,8 @@ from editors.cli import main
 from memloc.ablation import Ablation
 from memloc.ablation_plots import draw
 from memloc.checks import hands_off
-from memloc.components import named
+from memloc.components import named, parts_of
+from memloc.costs import counted
 from memloc.errors import ArtifactError, InputError, MemlocError, MismatchError
 from memloc.localizers.activation import Activation
 from memloc.measures.extraction import Extraction
@@ -156,16 +157,22 @@ def test_a_result_that_was_cut_is_computed_anew(plan, whole, tmp_path):
     assert not list(cells.glob(".*"))
 
 
-def test_two_processes_give_what_one_gives(plan, whole, tmp_path):
-    heard: list[tuple[int, int | None]] = []
-    some = replace(
-        plan, lines=tuple(line for line in plan.lines if line.sets != "heads" or line.cell.ablation.seed == 0)
-    )
-    with listening(lambda label, done, total, note: heard.append((done, total)) if label == "cells" else None):
-        rows = sweep(some, tmp_path, jobs=2, plots=False)
-    expected = {tuple(vars(row).values()) for row in read_csv(whole / "table.csv")}
-    assert {tuple(vars(row).values()) for row in rows} <= expected
-    assert heard[-1] == (len(some.cells), len(some.cells)) and len(some.cells) < len(plan.cells)
+def test_two_processes_give_what_one_gives_and_end_with_the_run(plan, whole, tmp_path):
+    """Interrupted near the end: nobody is left behind, nothing is half written, and one process finishes the rest."""
+    heard: list[int] = []
+
+    def listener(label, done, total, note):
+        if label == "cells":
+            heard.append(done)
+            if done == total - 4:
+                raise KeyboardInterrupt
+
+    with listening(listener), pytest.raises(KeyboardInterrupt):
+        sweep(plan, tmp_path, jobs=2, plots=False)
+    assert heard == list(range(len(plan.cells) - 3)) and not multiprocessing.active_children()
+    assert 0 < len(missing(plan, tmp_path)) <= 4 and not list(folder_of(tmp_path).glob(".*"))
+    sweep(plan, tmp_path, plots=False)
+    assert (tmp_path / "table.csv").read_bytes() == (whole / "table.csv").read_bytes()
 
 
 def test_an_error_in_a_process_reaches_the_run(plan, tmp_path):
@@ -174,11 +181,7 @@ def test_an_error_in_a_process_reaches_the_run(plan, tmp_path):
     tasks, done = queue.Queue(), queue.Queue()
     for key in (*list(plan.cells)[:2], "nothing", None):
         tasks.put(key)
-    before = signal.getsignal(signal.SIGINT)
-    try:
-        work._work(pickle.dumps((wrong, tmp_path)), tasks, done)
-    finally:
-        signal.signal(signal.SIGINT, before)
+    work._work(pickle.dumps((wrong, tmp_path)), tasks, done)
     errors = [done.get_nowait() for _ in range(3)]
     assert all(isinstance(error, MismatchError) and "changed since the plan" in str(error) for error in errors[:2])
     assert isinstance(errors[2], str) and "KeyError: 'nothing'" in errors[2]
@@ -279,6 +282,9 @@ WRONG = {
     },
     r"ablate\[0\]: seeds: 'one'; expected a list of whole number": {"ablate": [{"every": "head", "seeds": "one"}]},
     r"ablate\[0\]: positions: 'middle'; expected one of all": {"ablate": [{"every": "head", "positions": "middle"}]},
+    r"ablate\[0\]: positions: \[1, -1\]; expected numbers from 0": {
+        "ablate": [{"every": "head", "positions": [1, -1]}]
+    },
     r"ablate\[0\]: counts: missing; expected one of counts and fractions": {
         "ablate": [{"localization": "{lab}/model.safetensors"}]
     },
@@ -298,9 +304,10 @@ def test_a_grid_that_cannot_be_used_is_refused_in_one_line(tiny_lab, said):
 @pytest.mark.parametrize(
     "said, changes",
     [
-        ("every, L0H0: short-circuit: L0.mlp", {"ablate": [{"components": ["L0.mlp"], "how": "short-circuit"}]}),
-        (r"no head \[9\] of L0.attn.out", {"ablate": [{"components": ["L0H9"]}]}),
-        ("windows: 3; expected 1 to 2", {"ablate": [{"windows": [3]}]}),
+        ("ablate 'components', L0.mlp: short-circuit: L0.mlp", {"ablate": [
+            {"components": ["L0.mlp"], "how": "short-circuit"}]}),
+        (r"ablate 'components': no head \[9\] of L0.attn.out", {"ablate": [{"components": ["L0H9"]}]}),
+        ("ablate 'windows': windows: 3; expected 1 to 2", {"ablate": [{"windows": [3]}]}),
         ("holds|was not written by memloc", {"ablate": [{"localization": "{lab}/model.safetensors", "counts": [1]}]}),
         ("no record matches", {"data": {"recited": {"passages": "{lab}/passages.jsonl#dose=7"}}, "measure": [
             {"name": "extraction", "data": "recited"}]}),
@@ -308,8 +315,26 @@ def test_a_grid_that_cannot_be_used_is_refused_in_one_line(tiny_lab, said):
 )  # fmt: skip
 def test_what_the_model_or_the_data_have_not_is_said_before_anything_runs(tiny_lab, said, changes):
     changes = json.loads(json.dumps(changes).replace("{lab}", str(tiny_lab)))
-    with pytest.raises(MemlocError, match=said.replace("every, L0H0", "components, L0.mlp")):
+    with pytest.raises(MemlocError, match=said):
         Plan.of(Grid.of(content(tiny_lab, **changes)))
+
+
+def test_a_plan_tells_what_cells_take(tiny_lab, plan, tmp_path):
+    """Block-tokens to the token, and memory from above, for every kind of cell."""
+    bench, seen = work.Bench(plan, tmp_path), set()
+    for key, cell in plan.cells.items():
+        kind = (cell.asked.name, cell.ablation and cell.ablation.how)
+        if kind not in seen:
+            view = bench._open(cell)
+            with counted(view) as spent:
+                bench.run(cell)
+            assert spent.forward == plan.costs[key].forward and spent.bytes <= plan.costs[key].bytes
+            seen.add(kind)
+    assert len(seen) == 8
+    text = plan.references[str(tiny_lab)]
+    with counted(view) as spent:
+        replace(text, tokens=7).usual(view, parts_of(view, named(view, ["L0H0"])[0]))
+    assert spent.forward == plan.reading[str(tiny_lab)].forward
 
 
 def test_a_reference_is_asked_for_where_it_is_needed(tiny_lab):
