@@ -26,7 +26,7 @@ FLOORS: tuple[str, ...] = (
     "memloc.view",
     "memloc.objectives memloc.cached memloc.moments memloc.decoding memloc.costs memloc.parts memloc.resumed",
     "memloc.perturbation",
-    "memloc.corruption memloc.places",
+    "memloc.corruption memloc.places memloc.question memloc.twins",
     "memloc.patching",
     "memloc.sweep",
     "memloc.first_order memloc.spot_check",
