@@ -188,18 +188,14 @@ def _demo(arguments: argparse.Namespace, terminal: Terminal) -> None:
 
 def verbs() -> tuple[Verb, ...]:
     """Every verb, in the order of the loop."""
-    looks = {verb.name: verb for verb in looking.verbs()}
+    *looks, report = looking.verbs()
     return (
         Verb("list", "every localizer, editor and measure", _list_flags, _list),
-        looks["check"],
-        looks["lab"],
-        looks["measure"],
-        looks["localize"],
-        looks["show"],
+        *looks,
         Verb("edit", "compute an edit; no checkpoint is written", _edit_flags, _edit, EDITORS),
         Verb("apply", "write a checkpoint folder with an edit in it", _apply_flags, _apply),
         Verb("undo", "write the checkpoint folder as it was before an edit", _apply_flags, _undo),
-        looks["report"],
+        report,
         Verb("demo", "the whole loop on a model trained on the spot", _demo_flags, _demo),
     )
 

@@ -6,11 +6,11 @@ A row is a claim; `ModelView` proves it by arithmetic on load. To support a fami
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from memloc.errors import ModelError
 from memloc.sites import Kind
@@ -52,6 +52,9 @@ class Row:
         unembed: path of the unembedding.
         fused: query, key and value in one matrix, or None where `maps` holds them apart.
         stored_in_out: linear maps of the blocks are stored [in, out] (GPT-2's Conv1D), not [out, in].
+        norms: kind to path, inside a block, of the norm whose output that map reads; nothing where maps read the
+            stream itself, as in blocks that norm what they write.
+        norm_offset: what a norm's stored weight lacks to its gain (1 where it is stored as the gain less 1).
     """
 
     family: str
@@ -63,12 +66,24 @@ class Row:
     unembed: str = "lm_head"
     fused: Fused | None = None
     stored_in_out: bool = False
+    norms: Mapping[Kind, str] = field(default_factory=dict)
+    norm_offset: float = 0.0
 
     def path(self, kind: Kind) -> str | None:
         """Module path of `kind` inside a block, or None where the family has none."""
         if self.fused is not None and kind in (Kind.ATTN_Q, Kind.ATTN_K, Kind.ATTN_V):
             return self.fused.path
         return self.maps.get(kind)
+
+    @torch.no_grad()
+    def bare_norm(self, norm: nn.Module, stream: Tensor) -> Tensor:
+        """What `norm` makes of `stream` with its gain 1 and its bias 0, in the stream's dtype."""
+        plain = {
+            name: torch.full_like(stored, 1 - self.norm_offset if name == "weight" else 0, dtype=stream.dtype)
+            for name, stored in norm.named_parameters()
+        }
+        found: Tensor = torch.func.functional_call(norm, plain, (stream,))
+        return found
 
 
 @dataclass(frozen=True)
@@ -129,6 +144,12 @@ def _split(attention: str, out: str, mlp: Mapping[Kind, str]) -> dict[Kind, str]
     }
 
 
+def _normed(attention: str, mlp: str) -> dict[Kind, str]:
+    """The norms before attention and before the MLP, for every map that reads them."""
+    first, second = (Kind.ATTN_Q, Kind.ATTN_K, Kind.ATTN_V), (Kind.MLP_GATE, Kind.MLP_IN)
+    return {kind: attention for kind in first} | {kind: mlp for kind in second}
+
+
 ROWS: tuple[Row, ...] = (
     Row(
         family="GPT-2",
@@ -139,6 +160,7 @@ ROWS: tuple[Row, ...] = (
         final_norm="transformer.ln_f",
         embed="transformer.wte",
         stored_in_out=True,
+        norms=_normed("ln_1", "ln_2"),
     ),
     Row(
         family="GPT-Neo",
@@ -147,6 +169,7 @@ ROWS: tuple[Row, ...] = (
         maps=_split("attn.attention", "out_proj", {Kind.MLP_IN: "mlp.c_fc", Kind.MLP_OUT: "mlp.c_proj"}),
         final_norm="transformer.ln_f",
         embed="transformer.wte",
+        norms=_normed("ln_1", "ln_2"),
     ),
     Row(
         family="GPT-NeoX",
@@ -160,6 +183,7 @@ ROWS: tuple[Row, ...] = (
         fused=Fused("attention.query_key_value", "per-head"),
         final_norm="gpt_neox.final_layer_norm",
         embed="gpt_neox.embed_in",
+        norms=_normed("input_layernorm", "post_attention_layernorm"),
     ),
     Row(
         family="Llama",
@@ -172,6 +196,7 @@ ROWS: tuple[Row, ...] = (
         ),
         final_norm="model.norm",
         embed="model.embed_tokens",
+        norms=_normed("input_layernorm", "post_attention_layernorm"),
     ),
 )
 """The table. Facts verified on tiny random models in tests/tiny."""

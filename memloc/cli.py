@@ -9,7 +9,7 @@ from memloc.errors import InputError
 from memloc.methods import LOCALIZERS, MEASURES
 from memloc.registry import Registry
 from memloc.terminal import Terminal
-from memloc.verbs import check, lab, localize, measure, report, show
+from memloc.verbs import ablate, check, compare, lab, localize, measure, report, show, significant, truth
 
 
 def list_methods(tables: Sequence[Registry], terminal: Terminal, only: str | None) -> None:
@@ -27,12 +27,16 @@ def list_methods(tables: Sequence[Registry], terminal: Terminal, only: str | Non
 
 
 def verbs() -> tuple[Verb, ...]:
-    """The verbs of this package, in the order of the loop."""
+    """The verbs of this package, in the order of the loop; the report, which ends it, comes last."""
     return (
         Verb("check", "prove that memloc understands a model; print its map", check.flags, check.run),
         Verb("lab", "train a small model here whose memories are known", lab.flags, lab.run),
         Verb("measure", "what is memorized, beside its controls", measure.flags, measure.run, MEASURES),
         Verb("localize", "where it is kept", localize.flags, localize.run, LOCALIZERS),
+        Verb("ablate", "what happens without it: a grid of ablations as one table", ablate.flags, ablate.run),
+        Verb("compare", "do localizations agree, and how stable is each", compare.flags, compare.run),
+        Verb("significant", "which places count, against controls", significant.flags, significant.run),
+        Verb("truth", "which localizers find what is known to be there", truth.flags, truth.run),
         Verb("show", "print what is in a localization, an edit or a measurement", show.flags, show.run),
         Verb("report", "one page of evidence from measurements, localizations and edits", report.flags, report.run),
     )

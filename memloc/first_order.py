@@ -13,11 +13,11 @@ from torch import Tensor
 from memloc.batches import Batch
 from memloc.corruption import Corrupted
 from memloc.costs import Cost, pass_bytes
+from memloc.patched import Sweep, batch_of
 from memloc.patching import Run, constant_run, through
 from memloc.places import Places
 from memloc.question import Question
 from memloc.sites import Kind, Site
-from memloc.sweep import Sweep, batch_of
 from memloc.view import ModelView
 
 Slopes = Mapping[Site, Tensor]

@@ -94,6 +94,53 @@ def layer_component_map(
     )
 
 
+def head_map(ax: Axes, data: Mapping[str, Any]) -> None:
+    """Layer by head: the deeper the colour the larger the score; negative ones in the second colour.
+
+    Args:
+        ax: where.
+        data: what `maps.head_map` made; the controls' scores stand below in each cell, in brackets, chosen heads have a
+            frame.
+    """
+    rows, others, chosen = data["scores"], data["control_scores"], data["chosen"]
+    small = len(rows) <= 16 and max(map(len, rows), default=0) <= 16
+    notes = None
+    if small:
+        notes = [
+            [_signed(score) + ("" if others is None else f"\n({_signed(others[y][x])})") for x, score in enumerate(row)]
+            for y, row in enumerate(rows)
+        ]
+    _grid(ax, rows, notes=notes, framed=chosen)
+    _axis(ax, "head", "layer")
+    _grid_ticks(ax, [str(x) for x in range(max(map(len, rows), default=0))], [str(layer) for layer in data["layers"]])
+
+
+def position_map(ax: Axes, data: Mapping[str, Any], *, prefix: int | None = None) -> None:
+    """Layer by token of one passage; one row alone is drawn as bars. A line stands where the suffix begins.
+
+    Args:
+        ax: where.
+        data: one of the `maps` that `maps.position_maps` made.
+        prefix: tokens of the prefix.
+    """
+    rows = data["scores"]
+    length = max(map(len, rows), default=0)
+    if len(rows) == 1:
+        colours = [SERIES[0] if score >= 0 else SERIES[1] for score in rows[0]]
+        ax.bar([x + 0.5 for x in range(length)], rows[0], 0.86, color=colours, linewidth=0)
+        ax.set_xlim(0, max(1, length))
+        _axis(ax, "token", "score")
+        ax.grid(False, axis="x")
+    else:
+        _grid(ax, rows, gap=0.0)
+        _axis(ax, "token", "layer")
+        _grid_ticks(ax, None, [str(layer) for layer in data["layers"]])
+    step = max(1, math.ceil(length / 16))
+    ax.set_xticks([x + 0.5 for x in range(0, length, step)], [str(x) for x in range(0, length, step)])
+    if prefix is not None and 0 < prefix < length:
+        ax.axvline(prefix, color=INK, linewidth=0.9, linestyle=(0, (3, 2)))
+
+
 def neuron_strip(ax: Axes, localization: Localization | Mapping[str, Any], selection: Selection | None = None) -> None:
     """One line a layer: the spread of all scores as a bar (5 to 95 %), the best-scored as dots, chosen ones marked.
 
@@ -225,6 +272,51 @@ def _inline(text: str, name: str) -> str:
     for colour, variable in VARIABLES.items():
         text = text.replace(colour, f"var({variable})")
     return re.sub(r"\s*\n\s*", "\n", text).strip()
+
+
+def _grid(
+    ax: Axes,
+    rows: Sequence[Sequence[float]],
+    *,
+    notes: Sequence[Sequence[str]] | None = None,
+    framed: Sequence[Sequence[bool]] | None = None,
+    gap: float = 0.03,
+) -> None:
+    """Cells coloured by size, the second colour for negative ones, with a few letters in each."""
+    from matplotlib.patches import Rectangle
+
+    most = max((abs(score) for row in rows for score in row), default=0.0) or 1.0
+    for y, row in enumerate(rows):
+        for x, score in enumerate(row):
+            depth = 0.04 + 0.86 * abs(score) / most
+            corner, side = (x + gap, y + gap), 1 - 2 * gap
+            colour = SERIES[0] if score >= 0 else SERIES[1]
+            ax.add_patch(Rectangle(corner, side, side, facecolor=colour, alpha=depth, linewidth=0))
+            if framed is not None and framed[y][x]:
+                ax.add_patch(Rectangle(corner, side, side, fill=False, edgecolor=INK, linewidth=1.2))
+            if notes is not None:
+                ink = PAPER if depth > 0.5 else INK
+                ax.text(x + 0.5, y + 0.5, notes[y][x], ha="center", va="center", fontsize=7, color=ink, linespacing=1.3)
+    ax.set_xlim(0, max(1, max(map(len, rows), default=0)))
+    ax.set_ylim(0, max(1, len(rows)))
+
+
+def _grid_ticks(ax: Axes, across: Sequence[str] | None, up: Sequence[str]) -> None:
+    ax.grid(False)
+    ax.spines[["left", "bottom"]].set_visible(False)
+    ax.tick_params(length=0)
+    if across is not None:
+        step = max(1, math.ceil(len(across) / 24))
+        ax.set_xticks([x + 0.5 for x in range(0, len(across), step)], list(across)[::step])
+    step = max(1, math.ceil(len(up) / 16))
+    ax.set_yticks([y + 0.5 for y in range(0, len(up), step)], list(up)[::step])
+
+
+def _signed(value: float) -> str:
+    """Two significant digits, no leading zero before the point, a real minus."""
+    text = f"{abs(value):.2g}"
+    text = text[1:] if text.startswith("0.") else text
+    return "−" + text if value < 0 else text
 
 
 def _axis(ax: Axes, x: str, y: str) -> None:

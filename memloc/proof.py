@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from memloc import hooks
 from memloc.batches import pad
 from memloc.errors import ModelError
 from memloc.sites import Kind, Site
@@ -15,6 +16,8 @@ from memloc.sites import Kind, Site
 if TYPE_CHECKING:
     from memloc.view import ModelView
 
+NormSide = tuple[int, str, hooks.Side]
+"""Layer and path of a norm, and which side of it."""
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 """How far an output may be from input @ weight.T + bias, relative to its largest entry."""
 
@@ -23,8 +26,8 @@ def prove_row(view: ModelView) -> None:
     """Check by arithmetic, on one forward of two short random rows, that the row tells the truth about this model.
 
     Proved: every map puts out input @ weight.T + bias; heads are read as the values they are at position 0 (where
-    attention can see one token only); each block adds its two maps' outputs to its input; the logits are the
-    unembedded final norm.
+    attention can see one token only); each block adds its two maps' outputs to its input; maps read the norms the row
+    names, whose gains are stored as it says; the logits are the unembedded final norm.
 
     Raises:
         ModelError: names the first place that differs, by how much, and what to look at.
@@ -40,10 +43,12 @@ def prove_row(view: ModelView) -> None:
         view.record(sites, side="output") as outputs,
         view.record_blocks(layers, side="input") as before,
         view.record_blocks(layers) as after,
+        hooks.record(_norms(view)) as normed,
     ):
         logits = view.logits(batch)
     for site in sites:
         _prove_map(view, site, inputs[site], outputs[site])
+        _prove_norm(view, site, inputs[site], normed)
     for layer in layers:
         _prove_values(view, layer, inputs, outputs)
         added = before[layer] + outputs[Site(layer, Kind.ATTN_OUT)] + outputs[Site(layer, Kind.MLP_OUT)]
@@ -69,6 +74,35 @@ def _prove_map(view: ModelView, site: Site, entering: Tensor, leaving: Tensor) -
     elif place.rows is not None:
         leaving = leaving[..., list(place.rows)]
     _same(str(site), "output", made, leaving, "input @ weight.T; check stored_in_out and the paths")
+
+
+def _norms(view: ModelView) -> dict[NormSide, hooks.Point]:
+    """What flows into and out of every norm the row names."""
+    places = {(layer, path) for layer in range(view.layers) for path in view.row.norms.values() if _reads(view, path)}
+    sides: tuple[hooks.Side, ...] = ("input", "output")
+    return {
+        (layer, path, side): hooks.Point(view.block(layer).get_submodule(path), side)
+        for layer, path in places
+        for side in sides
+    }
+
+
+def _reads(view: ModelView, path: str) -> bool:
+    return any(view.row.norms.get(kind) == path for kind in view.kinds)
+
+
+def _prove_norm(view: ModelView, site: Site, entering: Tensor, seen: Mapping[NormSide, Tensor]) -> None:
+    path = view.row.norms.get(site.kind)
+    if path is None:
+        return
+    found = seen[site.layer, path, "output"]
+    _same(str(site), "input", found, entering, f"what {path} puts out; check norms")
+    norm = view.block(site.layer).get_submodule(path)
+    stored = {name: entry.detach().to(torch.float64) for name, entry in norm.named_parameters()}
+    gain = stored["weight"] + view.row.norm_offset if "weight" in stored else 1.0
+    plain = view.row.bare_norm(norm, seen[site.layer, path, "input"].to(torch.float64))
+    made = plain * gain + stored.get("bias", 0.0)
+    _same(f"L{site.layer}.{path}", "output", made, found, "its bare form, gain and bias; check norm_offset")
 
 
 def _prove_values(view: ModelView, layer: int, inputs: Mapping[Site, Tensor], outputs: Mapping[Site, Tensor]) -> None:

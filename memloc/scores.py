@@ -196,6 +196,22 @@ class Selection:
         settings = {**self.provenance.settings, "control_of": self.provenance.method, "matched": per}
         return Selection(self.grain, masks, replace(self.provenance, method="random", settings=settings, seed=seed))
 
+    def save(self, path: str | Path) -> None:
+        """Write `selection.safetensors`, atomically."""
+        header = {"grain": str(self.grain), "provenance": self.provenance.to_json()}
+        store.save(path, "selection", {str(site): mask for site, mask in self.masks.items()}, header)
+
+    @classmethod
+    def load(cls, path: str | Path) -> Selection:
+        """Read what `save` wrote.
+
+        Raises:
+            ArtifactError: missing, cut, or of another kind.
+        """
+        tensors, header = store.load(path, "selection")
+        masks = {Site.parse(name): mask for name, mask in tensors.items()}
+        return cls(Grain(header["grain"]), dict(sorted(masks.items())), Provenance.from_json(header["provenance"]))
+
     def overlap(self, other: Selection) -> float:
         """Jaccard index of two selections of the same grain: shared over either; 1.0 when both are empty.
 

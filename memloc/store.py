@@ -83,6 +83,20 @@ def fresh_folder(path: str | Path) -> Iterator[Path]:
         shutil.rmtree(part, ignore_errors=True)
 
 
+def check_target(path: str | Path) -> None:
+    """See that a file can be written at `path`, before the work whose result it is to hold; its folder is made.
+
+    Raises:
+        TargetError: it cannot.
+    """
+    path = Path(path)
+    with _target_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=path.parent).close()
+        if path.is_dir():
+            raise IsADirectoryError(errno.EISDIR, "a folder of that name is there")
+
+
 def save(path: str | Path, kind: str, tensors: Mapping[str, Tensor], header: Mapping[str, Any]) -> None:
     """Write an artifact atomically; equal content gives equal bytes.
 

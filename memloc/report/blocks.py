@@ -58,6 +58,16 @@ class Picture:
 
 
 @dataclass(frozen=True)
+class Marked:
+    """A text, its pieces coloured by a number each; `prefix` pieces come before the line that divides it."""
+
+    pieces: tuple[str, ...]
+    scores: tuple[float, ...]
+    caption: str
+    prefix: int | None = None
+
+
+@dataclass(frozen=True)
 class Verdicts:
     """The sentences of the result."""
 
@@ -85,7 +95,7 @@ class Terms:
     entries: tuple[tuple[str, str], ...]
 
 
-Block = Table | Heading | Prose | Picture | Verdicts | Passage | Code | Terms
+Block = Table | Heading | Prose | Picture | Marked | Verdicts | Passage | Code | Terms
 
 ARM_NAMES = {"before": "before", "after": "after", "random": "random control", "control": "never seen",
              "control_before": "never seen, before"}  # fmt: skip

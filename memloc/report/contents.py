@@ -7,12 +7,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from memloc import profiles
+from memloc import maps, profiles
 from memloc.errors import InputError
 from memloc.measurement import Measurement
 from memloc.report.comparison import Comparison, figure_cell, plain
 from memloc.report.texts import guarded
 from memloc.report.wording import cell, label, number, signed
+from memloc.sites import Grain
 from memloc.statistics import rate_interval
 
 if TYPE_CHECKING:
@@ -197,6 +198,8 @@ class Located:
         selection: what was chosen from it.
         text: one paragraph.
         n: passages it stands on, where the localization does not keep them.
+        tokens: passage to the text of each of its tokens, for maps of positions; on the page only with `show_text`.
+        prefixes: passage to the tokens of its prefix, likewise.
     """
 
     localization: Localization
@@ -205,10 +208,14 @@ class Located:
     selection: Selection | None = None
     text: str = ""
     n: int | None = None
+    tokens: Mapping[str, Sequence[str]] | None = None
+    prefixes: Mapping[str, int] | None = None
 
     def to_json(self, *, show_text: bool = False) -> dict[str, Any]:
-        """Shares by layer and component, best neurons, settings and notes, as JSON values."""
+        """Shares by layer and component, best neurons, maps, settings and notes, as JSON values."""
         mine, made = self.localization, self.localization.provenance
+        spoken = self.tokens if show_text else None
+        by_position = mine.grain is Grain.POSITION
         chosen = self.selection
         return {
             "title": self.title or made.method,
@@ -220,7 +227,11 @@ class Located:
             "notes": guarded(jsonable(mine.notes), show_text=show_text),
             "layers": profiles.layer_profile(mine, self.control),
             "components": profiles.component_profile(mine, self.control),
-            "neurons": profiles.neuron_profile(mine, chosen) if mine.scores and profiles.has_rows(mine) else None,
+            "heads": maps.head_map(mine, self.control, self.selection) if mine.grain is Grain.HEAD else None,
+            "positions": (
+                maps.position_maps(mine, tokens=spoken, prefixes=self.prefixes) if by_position else None
+            ),
+            "neurons": profiles.neuron_profile(mine, chosen) if _has_neurons(mine) else None,
             "selection": None if chosen is None else {
                 "grain": str(chosen.grain), "count": chosen.count, "fraction": chosen.fraction,
                 "by_layer": [[layer, count] for layer, count in profiles.chosen_by_layer(chosen).items()],
@@ -256,6 +267,12 @@ class EditSummary:
             "header": guarded(jsonable(self.header), show_text=show_text),
             "sites": guarded(jsonable(self.sites), show_text=show_text),
         }
+
+
+def _has_neurons(localization: Localization) -> bool:
+    """Whether a strip of best places says anything: rows of scores, and not of tokens."""
+    rows = bool(localization.scores) and localization.grain is not Grain.POSITION
+    return rows and profiles.has_rows(localization)
 
 
 def jsonable(value: Any) -> Any:

@@ -6,7 +6,20 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from memloc.report.blocks import ARM_NAMES, Block, Cell, Code, Heading, Passage, Picture, Prose, Table, Terms, Verdicts
+from memloc.report.blocks import (
+    ARM_NAMES,
+    Block,
+    Cell,
+    Code,
+    Heading,
+    Marked,
+    Passage,
+    Picture,
+    Prose,
+    Table,
+    Terms,
+    Verdicts,
+)
 from memloc.report.outline import outline, overall
 from memloc.report.texts import runs
 from memloc.report.wording import short
@@ -53,7 +66,7 @@ def _block(block: Block) -> str:
             return "\n".join(f"- **{text(term)}**: {text(meaning)}" for term, meaning in block.entries)
         case Passage():
             return _passage(block.row)
-        case Picture():
+        case Picture() | Marked():
             return ""
 
 

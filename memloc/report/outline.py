@@ -29,10 +29,12 @@ from memloc.report.wording import NONE, scalar
 
 def outline(data: Mapping[str, Any]) -> list[Block]:
     """All blocks below the title, in reading order."""
-    blocks: list[Block] = [Heading(2, "Result")]
+    judged = data["verdicts"] or data["comparisons"]
+    blocks: list[Block] = [Heading(2, "Result")] if judged else []
     if data["verdicts"]:
         blocks.append(Verdicts(tuple(data["verdicts"])))
-    blocks += headline(data["comparisons"])
+    if data["comparisons"] or not data["localizations"]:
+        blocks += headline(data["comparisons"])
     for title, part in (
         ("Findings", _notes(data["notes"])),
         ("Curves", _curves(data["curves"])),

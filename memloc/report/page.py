@@ -7,7 +7,20 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from memloc import plots
-from memloc.report.blocks import ARM_NAMES, Block, Cell, Code, Heading, Passage, Picture, Prose, Table, Terms, Verdicts
+from memloc.report.blocks import (
+    ARM_NAMES,
+    Block,
+    Cell,
+    Code,
+    Heading,
+    Marked,
+    Passage,
+    Picture,
+    Prose,
+    Table,
+    Terms,
+    Verdicts,
+)
 from memloc.report.outline import outline, overall
 from memloc.report.style import CSS
 from memloc.report.texts import runs
@@ -80,6 +93,8 @@ def _block(block: Block, name: str) -> str:
             return _table(block)
         case Picture():
             return _picture(block, name)
+        case Marked():
+            return _marked(block)
         case Passage():
             return _passage(block.row)
         case Code():
@@ -145,6 +160,10 @@ def _picture(block: Picture, name: str) -> str:
             plots.layer_component_map(ax, data)
         elif block.kind == "neurons":
             plots.neuron_strip(ax, data)
+        elif block.kind == "heads":
+            plots.head_map(ax, data)
+        elif block.kind == "positions":
+            plots.position_map(ax, data, prefix=data["prefix"])
         elif data["kind"] == "dose":
             plots.dose_curve(ax, data["series"])
         else:
@@ -153,6 +172,10 @@ def _picture(block: Picture, name: str) -> str:
 
     if block.kind == "components":
         height = 0.8 + 0.46 * min(16, len(data["layers"]))
+    if block.kind == "heads":
+        height = 0.8 + 0.42 * min(20, len(data["layers"]))
+    if block.kind == "positions":
+        height = 2.1 if len(data["scores"]) == 1 else 0.9 + 0.26 * min(24, len(data["layers"]))
     if block.kind == "neurons":
         height = 0.9 + 0.34 * min(24, len(data["sites"]))
     drawn = plots.svg(draw, name=name, width=width, height=height)
@@ -162,6 +185,18 @@ def _picture(block: Picture, name: str) -> str:
     legend = f'<div class="legend">{keys}</div>' if len(block.legend) > 1 else ""
     picture = drawn.replace("<svg", f'<svg role="img" aria-label="{text(block.caption)}"', 1)
     return f"<figure>{legend}{picture}<figcaption>{text(block.caption)}</figcaption></figure>"
+
+
+def _marked(block: Marked) -> str:
+    most = max((abs(score) for score in block.scores), default=0.0) or 1.0
+    spans = []
+    for place, (piece, score) in enumerate(zip(block.pieces, block.scores, strict=True)):
+        share, kind = abs(score) / most, "against" if score < 0 else "for"
+        begins = " begins" if block.prefix and place == block.prefix else ""
+        title = f"token {place}: {score:.3g}"
+        style = f"--share:{100 * share:.0f}%"
+        spans.append(f'<span class="{kind}{begins}" style="{style}" title="{title}">{text(piece)}</span>')
+    return f'<figure><p class="strip">{"".join(spans)}</p><figcaption>{text(block.caption)}</figcaption></figure>'
 
 
 def _passage(row: Mapping[str, Any]) -> str:

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from memloc.report import wording
-from memloc.report.blocks import Block, Cell, Heading, Picture, Prose, Table, entries_of, pairs_table
+from memloc.report.blocks import Block, Cell, Heading, Marked, Picture, Prose, Table, entries_of, pairs_table
 from memloc.report.wording import NONE, scalar
 
 
@@ -35,9 +35,21 @@ def located(entry: Mapping[str, Any]) -> Iterator[Block]:
         brackets = "; controls in brackets" if components["control_shares"] else ""
         yield Picture("components", components, f"Share of the score by layer and component, per cent{brackets}.")
         yield _component_table(components)
+    if entry["heads"] is not None:
+        yield from _heads(entry["heads"])
+    for found in entry["positions"] or ():
+        yield from _positions(found)
     if entry["neurons"] is not None:
         yield from _neurons(entry["neurons"])
-    settings = [*made["settings"].items(), ("seed", made["seed"]), *entry["notes"].items()]
+    notes = dict(entry["notes"])
+    readings = notes.pop("readings", None)
+    if isinstance(readings, list) and readings:
+        yield _readings(readings)
+    settings = [
+        *made["settings"].items(),
+        ("seed", made["seed"]),
+        *((key, _brief(value)) for key, value in notes.items()),
+    ]
     yield pairs_table(settings, f"{entry['title']}: settings and notes")
 
 
@@ -88,7 +100,8 @@ def _component_table(components: Mapping[str, Any]) -> Table:
 def _neurons(data: Mapping[str, Any]) -> Iterator[Block]:
     marked = ("best-scored", "chosen") if data["selected"] else ("best-scored",)
     spread = "thin line: the whole range; grey bar: 5 to 95 % of all; dots: the best twentieth, 60 at most"
-    yield Picture("neurons", data, f"Scores of {data['grain']}s by layer; {spread}.", marked)
+    if data["grain"] != "head":  # heads have a map of their own
+        yield Picture("neurons", data, f"Scores of {data['grain']}s by layer; {spread}.", marked)
     rows = tuple(
         (
             Cell(str(place)), Cell(entry["site"], "", "code"), Cell(str(entry["index"])), Cell(scalar(entry["score"])),
@@ -98,6 +111,86 @@ def _neurons(data: Mapping[str, Any]) -> Iterator[Block]:
     )  # fmt: skip
     columns = ("rank", "site", data["grain"], "score", "share of the total", "chosen")
     yield Table(columns, rows, f"The {len(rows)} best-scored of {scalar(data['count'])}", fold=len(rows) > 8)
+
+
+def _heads(data: Mapping[str, Any]) -> Iterator[Block]:
+    beside = "; controls in brackets" if data["control_scores"] else ""
+    framed = "; chosen heads are framed" if data["chosen"] else ""
+    yield Picture("heads", data, f"Score of every head; negative ones in the second colour{beside}{framed}.")
+    rows = []
+    for y, layer in enumerate(data["layers"]):
+        cells = [Cell(str(layer))]
+        for x, score in enumerate(data["scores"][y]):
+            other = data["control_scores"][y][x] if data["control_scores"] else None
+            cells.append(Cell(scalar(score), "" if other is None else f"controls {scalar(other)}"))
+        rows.append(tuple(cells))
+    columns = ("layer", *(f"head {x}" for x in range(len(data["scores"][0]))))
+    yield Table(columns, tuple(rows), "Layer by head", fold=True)
+
+
+def _positions(found: Mapping[str, Any]) -> Iterator[Block]:
+    """One passage: its text coloured where it may be shown, a map of layers by token, and the best tokens."""
+    yield Heading(4, found["id"])
+    for entry in found["maps"]:
+        outside = entry["layers"] == [None]
+        where = "the embeddings" if outside else f"{entry['kind']} of every layer"
+        totals = [sum(column) for column in zip(*entry["scores"], strict=True)]
+        if found["tokens"] is not None:
+            caption = f"Each token coloured by its score at {where}{'' if outside else ', layers summed'}."
+            yield Marked(tuple(found["tokens"]), tuple(totals), caption, found["prefix"])
+        line = "; the dashed line is where the suffix begins" if found["prefix"] else ""
+        data = {**entry, "prefix": found["prefix"]}
+        yield Picture("positions", data, f"Score of every token at {where}{line}.")
+        yield _best_tokens(totals, found["tokens"], where)
+
+
+def _best_tokens(totals: Sequence[float], tokens: Sequence[str] | None, where: str) -> Table:
+    order = sorted(range(len(totals)), key=lambda place: -totals[place])[:8]
+    rows = []
+    for place in order:
+        spoken = [Cell(repr(tokens[place])[1:-1], "", "code")] if tokens is not None else []
+        rows.append((Cell(str(place)), *spoken, Cell(scalar(totals[place]))))
+    columns = ("token", *(("text",) if tokens is not None else ()), "score")
+    return Table(columns, tuple(rows), f"The {len(rows)} best-scored tokens at {where}", fold=True)
+
+
+def _readings(readings: Sequence[Mapping[str, Any]]) -> Table:
+    """Neurons as memories: what opens each, and what it then says."""
+    rows = []
+    for entry in readings:
+        triggers = [_trigger(found) for found in entry.get("triggers", ())[:5]]
+        promotes, suppresses = (
+            " · ".join(str(token).strip() or "␠" for token in entry.get(key, ())[:8])
+            for key in ("promotes", "suppresses")
+        )
+        agreement = entry.get("agreement")
+        rows.append((
+            Cell(f"{entry['site']}[{entry['index']}]", f"score {scalar(entry.get('score'))}", "code"),
+            Cell(triggers[0] if triggers else NONE, "\n".join(triggers[1:]), "text"),
+            Cell(promotes or NONE, f"suppresses {suppresses}" if suppresses else "", "text"),
+            Cell(NONE if agreement is None else wording.number(float(agreement), "share")),
+        ))  # fmt: skip
+    columns = ("neuron", "what opens it most (→ next token)", "what it promotes", "agreement")
+    return Table(columns, tuple(rows), "The neurons as key and value", fold=len(rows) > 8)
+
+
+def _tokens(tokens: Sequence[Any]) -> str:
+    return " · ".join(str(token).strip() or "␠" for token in tokens[:8])
+
+
+def _trigger(found: Mapping[str, Any]) -> str:
+    said = " ".join(str(found.get("text", "")).split())
+    said = "…" + said[-60:] if len(said) > 60 else said
+    return f"{said} → {str(found.get('next', '')).strip()} ({scalar(found.get('score'))})"
+
+
+def _brief(value: Any) -> Any:
+    """Long lists and tables of a method's notes as their size: they are whole in the JSON."""
+    if isinstance(value, list | Mapping) and len(value) > 8:
+        return f"{len(value)} entries (in the JSON)"
+    if isinstance(value, Mapping):
+        return {key: _brief(entry) for key, entry in value.items()}
+    return value
 
 
 def edit(entry: Mapping[str, Any]) -> Iterator[Block]:

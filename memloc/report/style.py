@@ -105,6 +105,10 @@ figcaption { font-size: 0.84rem; line-height: 1.4; margin-top: 0.45rem; }
 .said > div { background: var(--wash); padding: 0.65rem 0.85rem 0.75rem; min-width: 0; }
 .said b { font: 600 0.78rem/1.3 var(--sans); display: block; margin-bottom: 0.3rem; }
 .said p { margin: 0; font-size: 0.95rem; line-height: 1.5; white-space: pre-wrap; max-height: 26rem; overflow: auto; }
+.strip { white-space: pre-wrap; line-height: 1.9; margin: 0; }
+.strip .for { background: color-mix(in srgb, var(--series-0) calc(var(--share) * 0.7), transparent); }
+.strip .against { background: color-mix(in srgb, var(--series-1) calc(var(--share) * 0.7), transparent); }
+.strip .begins { border-left: 2px solid var(--ink); }
 mark { background: var(--mark); color: var(--mark-ink); }
 .differs { color: var(--muted); }
 pre { font: 0.82rem/1.5 var(--mono); background: var(--wash); padding: 0.9rem 1.1rem; margin: 0.8rem 0;

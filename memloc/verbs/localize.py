@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from memloc import store
 from memloc.command import common, need_passages, open_view, out, read_facts, read_passages, read_text
 from memloc.errors import InputError
 from memloc.terminal import Terminal, complain
@@ -28,6 +29,8 @@ def flags(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace, terminal: Terminal) -> None:
     """Tell the plan, localize, print the best places, save."""
+    if arguments.out is not None:
+        store.check_target(arguments.out)
     view = open_view(arguments)
     facts = read_facts(arguments.facts, view)
     if facts is None and arguments.paraphrases:

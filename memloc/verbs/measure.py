@@ -6,6 +6,7 @@ import argparse
 import inspect
 from typing import TYPE_CHECKING, Any
 
+from memloc import store
 from memloc.command import common, need_passages, open_view, out, read_facts, read_passages, read_text
 from memloc.errors import InputError
 from memloc.terminal import Terminal
@@ -27,6 +28,8 @@ def run(arguments: argparse.Namespace, terminal: Terminal) -> None:
     """Measure, print figures beside their controls, save."""
     from memloc.measures.control import with_controls
 
+    if arguments.out is not None:
+        store.check_target(arguments.out)
     view = open_view(arguments)
     items, controls = _measured_data(arguments, view)
     measured: Measurement = (

@@ -43,10 +43,12 @@ def run(arguments: argparse.Namespace, terminal: Terminal) -> None:
 
     comparisons = [_comparison(words, Comparison) for words in arguments.compare]
     located = []
+    tokens, prefixes = spelled(arguments) if arguments.localization else (None, None)
     for path in arguments.localization:
         beside = path.with_suffix(f".controls{path.suffix}")
         control = Localization.load(beside) if beside.is_file() else None
-        located.append(Located(localization=Localization.load(path), control=control, title=path.stem))
+        found = Localization.load(path)
+        located.append(Located(localization=found, control=control, title=path.stem, tokens=tokens, prefixes=prefixes))
     first = comparisons[0].before.provenance
     report = Report(
         title=arguments.title,
@@ -80,8 +82,21 @@ def _comparison(words: list[str], make: Any) -> Any:
     return make(name=name, before=before, after=after, random=random, goal=goal)
 
 
+def spelled(arguments: argparse.Namespace) -> tuple[dict[str, tuple[str, ...]] | None, dict[str, int] | None]:
+    """Tokens and prefix lengths of the passages named, by id; None where model or passages are not named."""
+    if arguments.passages is None or arguments.model is None:
+        return None, None
+    from memloc.view import ModelView
+
+    view = ModelView.open(arguments.model)
+    passages = need_passages(arguments.passages, view, arguments)
+    return {item.id: view.spell(item.ids) for item in passages}, {item.id: len(item.prefix) for item in passages}
+
+
 def _texts(arguments: argparse.Namespace) -> tuple[Any, ...]:
     if arguments.passages is None:
+        return ()
+    if arguments.edited is None and arguments.model is not None and arguments.localization:
         return ()
     if arguments.model is None or arguments.edited is None:
         raise InputError("--passages in a report needs --model and --edited, the two models that continue them")

@@ -5,16 +5,26 @@ from __future__ import annotations
 import argparse
 import json
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from memloc import store
-from memloc.errors import ArtifactError
+from memloc.command import common, out
+from memloc.errors import ArtifactError, InputError
 from memloc.terminal import Terminal
 from memloc.verbs.printing import localization_json, print_localization, print_measurement
+from memloc.verbs.report import spelled
+
+if TYPE_CHECKING:
+    from memloc.scores import Localization
 
 
 def flags(parser: argparse.ArgumentParser) -> None:
     """Add its flags."""
-    parser.add_argument("file", type=Path, help="a localization, an edit or a measurement")
+    parser.add_argument("file", type=Path, help="a localization, a selection, an edit or a measurement")
+    parser.add_argument("--model", help="with --passages: spell the tokens of maps of positions")
+    common(parser, "passages", "prefix", "suffix")
+    parser.add_argument("--show-text", action="store_true", help="print the passages themselves (by default redacted)")
+    out(parser, "folder for a page that draws a localization")
     parser.add_argument("--top", type=int, default=20, help="rows to print (default: 20)")
 
 
@@ -34,9 +44,54 @@ def run(arguments: argparse.Namespace, terminal: Terminal) -> None:
         from memloc.scores import Localization
 
         found = Localization.load(arguments.file)
-        print_localization(found, terminal, arguments.top)
-        terminal.result(localization_json(found, arguments.top, None))
+        beside = arguments.file.with_suffix(f".controls{arguments.file.suffix}")
+        control = Localization.load(beside) if beside.is_file() else None
+        print_localization(found, terminal, arguments.top, control)
+        if arguments.out is not None:
+            _draw(arguments, found, control, terminal)
+        terminal.result(localization_json(found, arguments.top, control))
+        return
+    if arguments.out is not None:
+        raise InputError(
+            f"{arguments.file} holds {header['kind']}; a page is drawn of localizations (see memloc report)"
+        )
+    if header["kind"] == "selection":
+        _selection(arguments, terminal)
         return
     rows = [[key, json.dumps(value, ensure_ascii=False)] for key, value in sorted(header.items())]
     terminal.table(f"{arguments.file}: {header['kind']}", ["", ""], rows)
     terminal.result(header)
+
+
+def _draw(arguments: argparse.Namespace, found: Localization, control: Localization | None, terminal: Terminal) -> None:
+    """A page of the one localization, its tokens spelled where model and passages are named."""
+    from memloc.report import Located, Report
+
+    tokens, prefixes = spelled(arguments)
+    shown = Located(localization=found, control=control, title=arguments.file.stem, tokens=tokens, prefixes=prefixes)
+    made = found.provenance
+    report = Report(
+        title=f"Where it is kept: {made.method}",
+        model=arguments.model or "",
+        model_digest=made.inputs.get("model", ""),
+        localizations=(shown,),
+        show_text=arguments.show_text,
+    )
+    for path in report.save(arguments.out):
+        terminal.note(f"written: {path}")
+
+
+def _selection(arguments: argparse.Namespace, terminal: Terminal) -> None:
+    from memloc.profiles import chosen_by_layer
+    from memloc.scores import Selection
+
+    chosen = Selection.load(arguments.file)
+    places = [(str(site), index) for site, entries in chosen.indices().items() for index in entries]
+    share = f"{chosen.count} {chosen.grain}s, {100 * chosen.fraction:.3g} % of those scored"
+    terminal.table(f"selection by {chosen.provenance.method}: {share}", ["layer", "chosen"],
+                   [list(row) for row in chosen_by_layer(chosen).items()])  # fmt: skip
+    terminal.table(f"first {min(arguments.top, len(places))}", ["place", "index"], places[: arguments.top])
+    terminal.result({
+        "kind": "selection", "grain": str(chosen.grain), "count": chosen.count, "fraction": chosen.fraction,
+        "provenance": chosen.provenance.to_json(), "places": places,
+    })  # fmt: skip

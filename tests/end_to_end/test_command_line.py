@@ -266,3 +266,40 @@ def test_ctrl_c_while_writing_leaves_no_folder(tiny_lab, command, monkeypatch):
     code, _, err = command("apply", "e.safetensors", "--model", tiny_lab, "--out", "m")
     assert code == 130 and "interrupted" in err
     assert sorted(path.name for path in Path.cwd().iterdir()) == ["e.safetensors", "where.safetensors"]
+
+
+# -- localizations: planned, compared, tested ---------------------------------------------------------------------
+
+
+def test_localizations_are_planned_compared_and_tested_against_controls(tiny_lab, command):
+    given = ["--model", tiny_lab, "--passages", full_dose(tiny_lab), "--controls", tiny_lab / "controls.jsonl"]
+    code, out, _ = command("localize", "activation", *given, "--plan", "--out", "a.safetensors")
+    assert code == 0 and "forward passes over" in out and not Path("a.safetensors").exists()
+    for name, method in (("a", "activation"), ("b", "integrated-gradients")):
+        code, out, err = command("localize", method, *given, "--out", f"{name}.safetensors")
+        assert code == 0 and out.startswith("plan: "), err
+    assert not list(Path().glob(".*.parts"))
+    code, out, _ = command("compare", "a.safetensors", "b.safetensors", "--at", "5,20", "--json")
+    found = json.loads(out)
+    assert code == 0 and [row["k"] for row in found["pairs"][0]["top"]] == [5, 20]
+    assert {row["localization"] for row in found["stability"]} == {"a", "b"}
+    code, out, _ = command("significant", "b.safetensors", "--permutations", "200", "--out", "s.safetensors", "--json")
+    called = json.loads(out)
+    assert code == 0 and 0 < called["called"] < called["places"]
+    code, out, _ = command("show", "s.safetensors", "--json")
+    assert code == 0 and json.loads(out)["count"] == called["called"]
+
+
+def test_bad_input_to_comparing_and_testing(tiny_lab, command):
+    given = ["--model", tiny_lab, "--passages", full_dose(tiny_lab)]
+    command("localize", "activation", *given, "--out", "a.safetensors")
+    command("localize", "weight-gradient", *given, "--out", "w.safetensors")
+    fails(command, "compare", "a.safetensors", "w.safetensors", says="a scores neurons and w components")
+    assert command("compare", "a.safetensors", "w.safetensors", "--by-layer", "--at", "1")[0] == 0
+    fails(command, "compare", "w.safetensors", says="nothing to compare it with")
+    fails(command, "compare", "a.safetensors", "--at", "x", says="expected whole numbers")
+    fails(command, "significant", "a.safetensors", says="localize with --controls")
+    fails(command, "significant", "a.safetensors", "--fdr", "2", says="--fdr 2.0")
+    fails(command, "localize", "activation", *given, "--paraphrases", says="--facts FILE")
+    both = ["--text", tiny_lab / "corpus.jsonl", "--contrast", tiny_lab / "controls.jsonl"]
+    fails(command, "localize", "activation", *given, *both, says="give one")

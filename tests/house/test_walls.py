@@ -18,26 +18,25 @@ from memloc.registry import Registry
 ROOT = Path(__file__).parents[2]
 
 FLOORS: tuple[str, ...] = (
-    "memloc memloc.errors memloc.statistics memloc.progress memloc.hooks",
-    "memloc.sites memloc.provenance memloc.registry memloc.flags memloc.terminal memloc.store",
-    "memloc.architectures memloc.passages memloc.methods memloc.measurement memloc.scores",
-    "memloc.batches memloc.profiles memloc.loading",
-    "memloc.proof",
+    "memloc memloc.errors memloc.fourier memloc.hooks memloc.progress memloc.statistics",
+    "memloc.flags memloc.provenance memloc.refinement memloc.registry memloc.rewinding memloc.sites",
+    "memloc.snapshots memloc.store memloc.terminal",
+    "memloc.architectures memloc.draws memloc.maps memloc.measurement memloc.methods memloc.passages",
+    "memloc.profiles memloc.scores",
+    "memloc.agreement memloc.batches memloc.loading memloc.plots memloc.rarity memloc.significance",
+    "memloc.ablation_plots memloc.proof memloc.report",
     "memloc.view",
-    "memloc.objectives memloc.cached memloc.moments memloc.decoding memloc.costs memloc.parts memloc.resumed",
-    "memloc.perturbation",
-    "memloc.corruption memloc.places memloc.question memloc.twins",
-    "memloc.patching",
-    "memloc.sweep",
-    "memloc.first_order memloc.spot_check",
-    "memloc.truth memloc.lab",
-    "memloc.checks memloc.measures",
-    "memloc.localizers",
-    "memloc.plots",
-    "memloc.report",
-    "memloc.command",
-    "memloc.verbs",
-    "memloc.cli",
+    "memloc.cached memloc.command memloc.costs memloc.decoding memloc.lab memloc.moments memloc.objectives",
+    "memloc.outcomes memloc.parts memloc.passes memloc.patterns memloc.places memloc.ports memloc.promoted",
+    "memloc.readout memloc.resumed memloc.triggers memloc.windows",
+    "memloc.attribution memloc.components memloc.composition memloc.flows memloc.gates memloc.measures",
+    "memloc.perturbation memloc.question memloc.ways",
+    "memloc.corruption memloc.folding memloc.joint memloc.learned_masks memloc.paths memloc.reference",
+    "memloc.twins memloc.variants",
+    "memloc.ablation memloc.map_gradients memloc.patching",
+    "memloc.curvature memloc.patched memloc.sweep memloc.truth",
+    "memloc.checks memloc.first_order memloc.spot_check memloc.verbs",
+    "memloc.cli memloc.localizers",
     "editors editors.methods editors.deltas editors.rounding editors.packing editors.shards editors.masks",
     "editors.contexts editors.patch editors.descent editors.replay editors.keep editors.least_squares",
     "editors.binding editors.alternative editors.keys_values editors.own_words",
@@ -52,10 +51,11 @@ FLOORS: tuple[str, ...] = (
 
 HOOKS = {"memloc/hooks.py"}
 WRITERS = {
-    "editors/edit.py", "editors/descent.py", "memloc/architectures.py", "memloc/truth/planted.py", "memloc/lab",
+    "editors/edit.py", "editors/descent.py", "memloc/architectures.py", "memloc/truth/planted.py",
+    "memloc/truth/injection.py", "memloc/lab",
 }  # fmt: skip
 """Who may write a weight: the edit, which alone writes into a model it was given; the one line it writes through; and
-those that write into models of their own (descent and planting into a copy, the lab into what it trains)."""
+those that write into models of their own (descent, planting and injecting into a copy, the lab into what it trains)."""
 
 HANDLES = {"parameter", "weight", "get_parameter", "parameters", "named_parameters", "state_dict"}
 """Method calls that hand out a model's own tensors."""

@@ -10,16 +10,17 @@ import torch
 import zoo
 from torch.testing import assert_close
 
-from memloc import checks
+from memloc import checks, paths
 from memloc.batches import batches
 from memloc.checks import check_localizer, finds_the_planted_neuron
 from memloc.errors import InputError
 from memloc.localizers.activation import Activation
-from memloc.localizers.integrated_gradients import IntegratedGradients, rule
+from memloc.localizers.integrated_gradients import IntegratedGradients
 from memloc.localizers.random import Random
 from memloc.localizers.weight_gradient import WeightGradient
 from memloc.methods import LOCALIZERS
 from memloc.objectives import suffix_nll
+from memloc.paths import rule
 from memloc.sites import Grain, Kind, Site
 from memloc.truth.planted import plant
 from memloc.view import ModelView
@@ -193,11 +194,9 @@ def test_halving_resolves_a_turn_that_many_nodes_miss(view_of):
 
 def test_memory_chunks_do_not_change_scores(view_of, monkeypatch):
     """A working memory of one row at a time, against everything at once."""
-    from memloc.localizers import integrated_gradients
-
     view, passages = view_of("mistral", torch.float64), zoo.passages(3)
     whole = IntegratedGradients(memory_mb=4096)(view, passages)
-    monkeypatch.setattr(integrated_gradients, "unit_bytes", lambda *_: 1 << 20)
+    monkeypatch.setattr(paths, "unit_bytes", lambda *_: 1 << 20)
     for units in (1, 4, 11):
         parts = IntegratedGradients(memory_mb=units)(view, passages)
         for site in whole.scores:

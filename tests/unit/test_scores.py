@@ -5,7 +5,7 @@ import torch
 
 from memloc.errors import ArtifactError, InputError, MismatchError
 from memloc.provenance import Provenance
-from memloc.scores import Localization, selected
+from memloc.scores import Localization, Selection, selected
 from memloc.sites import Grain, Kind, Site
 
 A, B = Site(0, Kind.MLP_OUT), Site(1, Kind.MLP_OUT)
@@ -129,3 +129,13 @@ def test_scores_of_positions_end_where_their_passage_does(tmp_path):
     assert Localization.load(tmp_path / "positions.safetensors").lengths == (3, 2)
     with pytest.raises(InputError, match="3 lengths for 2 passages"):
         Localization(Grain.POSITION, scores, Provenance("by hand"), ("a", "b"), lengths=(3, 2, 1))
+
+
+def test_a_selection_survives_the_disk(tmp_path):
+    chosen = localization([1.0, 9.0, 2.0], [8.0, 0.0, 3.0]).top(2)
+    chosen.save(tmp_path / "selection.safetensors")
+    loaded = Selection.load(tmp_path / "selection.safetensors")
+    assert loaded.indices() == chosen.indices() and loaded.grain == chosen.grain
+    assert loaded.provenance == chosen.provenance
+    with pytest.raises(ArtifactError, match="holds selection, expected localization"):
+        Localization.load(tmp_path / "selection.safetensors")

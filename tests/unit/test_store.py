@@ -92,3 +92,12 @@ def test_an_empty_folder_is_filled(tmp_path):
 def test_text_is_written_as_utf8(tmp_path):
     store.write_text(tmp_path / "x.json", json.dumps("é", ensure_ascii=False))
     assert (tmp_path / "x.json").read_bytes() == '"é"'.encode()
+
+
+def test_a_target_is_checked_before_the_work(tmp_path):
+    store.check_target(tmp_path / "new" / "file.safetensors")
+    assert list((tmp_path / "new").iterdir()) == []
+    with pytest.raises(TargetError, match=r"x cannot be written: No such file or directory; nothing was changed"):
+        store.check_target("/proc/none/x")
+    with pytest.raises(TargetError, match="a folder of that name is there"):
+        store.check_target(tmp_path / "new")
