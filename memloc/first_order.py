@@ -13,10 +13,10 @@ from torch import Tensor
 from memloc.batches import Batch
 from memloc.corruption import Corrupted
 from memloc.costs import Cost, pass_bytes
+from memloc.patched import Sweep, batch_of
 from memloc.patching import Question, Run, constant_run, through
 from memloc.places import Places
 from memloc.sites import Kind, Site
-from memloc.patched import Sweep, batch_of
 from memloc.view import ModelView
 
 Slopes = Mapping[Site, Tensor]

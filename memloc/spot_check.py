@@ -12,13 +12,13 @@ from torch import Tensor
 
 from memloc.costs import Cost
 from memloc.passages import Passages
+from memloc.patched import Sweep
 from memloc.patching import Pair
 from memloc.perturbation import own_generator
 from memloc.places import Places
 from memloc.progress import steps
 from memloc.sites import Site
 from memloc.statistics import bootstrap_interval, rate_interval
-from memloc.patched import Sweep
 from memloc.view import ModelView
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -83,6 +83,7 @@ class ActivationGradient:
     positions: Literal["all", "prefix", "predicting"] = "all"
     scale: Literal["relative", "raw"] = "relative"
     batch_size: int = 16
+    in_parts: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         allowed = {

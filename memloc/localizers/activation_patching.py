@@ -9,11 +9,11 @@ from memloc.corruption import Corruption, How
 from memloc.costs import Cost
 from memloc.errors import InputError
 from memloc.passages import Passages
+from memloc.patched import Sweep
 from memloc.patching import Direction, Metric
 from memloc.places import Node, PatchGrain, Places, Stream
 from memloc.provenance import Provenance, settings_of
 from memloc.scores import Localization
-from memloc.patched import Sweep
 from memloc.view import ModelView
 
 

@@ -14,6 +14,7 @@ from memloc.costs import Cost
 from memloc.errors import InputError
 from memloc.first_order import FirstOrder
 from memloc.passages import Passages
+from memloc.patched import Sweep
 from memloc.patching import Direction, Metric
 from memloc.places import Node, PatchGrain, Places, Stream
 from memloc.progress import steps
@@ -21,7 +22,6 @@ from memloc.provenance import Provenance, settings_of
 from memloc.scores import Localization
 from memloc.sites import Site
 from memloc.spot_check import Checked, SpotCheck, notes_of
-from memloc.patched import Sweep
 from memloc.view import ModelView
 
 

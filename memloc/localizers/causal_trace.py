@@ -9,10 +9,10 @@ from memloc.corruption import Corruption
 from memloc.costs import Cost
 from memloc.errors import InputError
 from memloc.passages import Passages
+from memloc.patched import Sweep
 from memloc.places import Places, Stream
 from memloc.provenance import Provenance, settings_of
 from memloc.scores import Localization
-from memloc.patched import Sweep
 from memloc.view import ModelView
 
 

@@ -54,6 +54,8 @@ class Curvature:
         keep: neurons and weights: share of the curvature whose pairs are not counted.
         labels: for G: "sampled" from the model at every token (the paper's), or the "true" next tokens.
         correction: rank pairs by EK-FAC's curvatures, estimated per passage in the same bases.
+        limit: passages of ordinary text used, at most, evenly spaced over those given; few thousand windows are enough
+            for maps of a few hundred entries, and a map needs several times as many tokens as it has.
         seed: of sampled labels; each passage has a generator of its own.
         batch_size: passages per pass; no effect on scores.
 
@@ -70,6 +72,7 @@ class Curvature:
     keep: float = 0.6
     labels: Labels = "sampled"
     correction: bool = False
+    limit: int = 2000
     seed: int = 0
     batch_size: int = 8
 
@@ -81,7 +84,7 @@ class Curvature:
         """
         if not passages:
             raise InputError("curvature: no passages given")
-        text, rest = _split(contrast)
+        text, rest = self._split(contrast)
         sites = self._sites(view)
         notes: dict[str, Any] = {"text": len(text), "reference": len(rest)}
         bases = self._bases(view, text, sites)
@@ -98,7 +101,7 @@ class Curvature:
 
     def cost(self, view: ModelView, passages: Passages, *, contrast: Passages | None = None) -> Cost:
         """Passes over ordinary text and the passages, told without running them."""
-        text, rest = _split(contrast)
+        text, rest = self._split(contrast)
         weights = [view.weight(site).shape for site in self._sites(view)]
         squares = sum(out**2 + into**2 + 3 * out * into for out, into in weights)
         rows, tokens = widest(text, size=self.batch_size)
@@ -111,6 +114,18 @@ class Curvature:
         if self.grain == "component":
             found = found + Cost(block_tokens(view, rest, size=self.batch_size), 0, memory)
         return found
+
+    def _split(self, contrast: Passages | None) -> tuple[Passages, Passages]:
+        """Ordinary text to take curvature from, and to compare with: every fifth passage, at least one."""
+        if not contrast or min(len(contrast), self.limit) < 2:
+            given = len(contrast or ())
+            raise InputError(f"curvature: {given} passages of ordinary text, limit {self.limit}; give two or more")
+        count = min(len(contrast), self.limit)
+        every = min(5, count)
+        parts: tuple[list[Passage], list[Passage]] = ([], [])
+        for index in range(count):
+            parts[index % every == every - 1].append(contrast[index * len(contrast) // count])
+        return Passages(tuple(parts[0]), contrast.origin), Passages(tuple(parts[1]), contrast.origin)
 
     def _sites(self, view: ModelView) -> tuple[Site, ...]:
         if self.grain == "neuron":
@@ -169,14 +184,3 @@ class Curvature:
             else:
                 found[site] = flat.abs() * squares[site].mean(0).sqrt()
         return found
-
-
-def _split(contrast: Passages | None) -> tuple[Passages, Passages]:
-    """Ordinary text to take curvature from, and to compare with: every fifth passage, at least one."""
-    if not contrast or len(contrast) < 2:
-        raise InputError(f"curvature: {len(contrast or ())} passages of ordinary text; give two or more as contrast")
-    every = min(5, len(contrast))
-    parts: tuple[list[Passage], list[Passage]] = ([], [])
-    for index, item in enumerate(contrast):
-        parts[index % every == every - 1].append(item)
-    return Passages(tuple(parts[0]), contrast.origin), Passages(tuple(parts[1]), contrast.origin)

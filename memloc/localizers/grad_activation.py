@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -48,6 +48,7 @@ class GradActivation:
     grain: Literal["neuron", "head", "component", "layer"] = "neuron"
     kinds: str | None = None
     batch_size: int = 16
+    in_parts: ClassVar[bool] = True
 
     def __call__(self, view: ModelView, passages: Passages, *, contrast: Passages | None = None) -> Localization:
         """Score places, passage by passage; `contrast` is not used.

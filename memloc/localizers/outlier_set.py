@@ -43,8 +43,9 @@ class OutlierSet:
     become candidates. So `top(n)`, with n the passage's set size in the notes, is the set. One axis of passages.
 
     Attributes:
-        until: what ends a recital: "nll": the suffix's mean NLL reaches that of the contrast set, its mean less one
-            deviation; "exact": greedy decoding no longer gives the suffix.
+        until: what ends a recital: "exact": greedy decoding no longer gives the suffix to the last token; "nll": its
+            mean NLL reaches that of the contrast set, the mean less one deviation. The latter is much to ask of a
+            model that learned the text well: on the lab model all candidates together do not reach it.
         highest: the first θ, and
         lowest: the last.
         step: by which it falls.
@@ -58,7 +59,7 @@ class OutlierSet:
     similarity of first steps as the end. Bisection, groups, text and its two ends are ours.
     """
 
-    until: Literal["nll", "exact"] = "nll"
+    until: Literal["exact", "nll"] = "exact"
     highest: float = 5.0
     lowest: float = 1.0
     step: float = 0.25

@@ -1,4 +1,4 @@
-"""Inverse participation ratio: neurons that answer by a rule read and write few waves, those that memorize read many."""
+"""Inverse participation ratio: neurons that answer by a rule read few waves, those that memorize read many."""
 
 from __future__ import annotations
 
@@ -35,7 +35,8 @@ class ParticipationRatio:
 
     Attributes:
         tokens: "FIRST-LAST" (ids, both counted in) or ids with commas between, in cyclic order. Where not given: the
-            distinct tokens of the contrast set, or else of the passages, by id.
+            distinct tokens of the contrast set, or else of the passages, by id, less those that stand in every row of
+            several (the "=" of "a b =").
         convention: "half" (frequencies 0 to n/2: a cosine has 1; the reference code's) or "full" (a cosine has 1/2).
         centred: take each series' mean away first; embeddings share a mean that is no wave. The reference, whose
             inputs are one-hot, does not.
@@ -88,7 +89,7 @@ class ParticipationRatio:
             ids, where = _parsed(self.tokens), f"tokens {self.tokens}"
         else:
             given = contrast or passages
-            ids, where = sorted({token for item in given for token in item.ids}), given.origin or "passages"
+            ids, where = _apart(given), given.origin or "passages"
         if len(ids) < FEWEST:
             raise InputError(f"participation-ratio: {where}: {len(ids)} tokens; a spectrum needs at least {FEWEST}")
         if not 0 <= min(ids) <= max(ids) < view.vocab:
@@ -104,6 +105,13 @@ def _series(view: ModelView, layer: int, read: Tensor, spoken: Tensor) -> list[T
             found.append(view.weight(Site(layer, kind)).detach().to(read) @ read.T)
     found.append(view.weight(Site(layer, Kind.MLP_OUT)).detach().to(spoken).T @ spoken.T)
     return found
+
+
+def _apart(given: Passages) -> list[int]:
+    """The distinct tokens by id, less those that stand in every row of several."""
+    rows = [set(item.ids) for item in given]
+    everywhere = set.intersection(*rows) if len(rows) > 1 else set()
+    return sorted(set().union(*rows) - everywhere)
 
 
 def _parsed(text: str) -> list[int]:

@@ -126,6 +126,11 @@ class WeightGradient:
         return mine + Cost(ours * (2 if self.objective == "contrast-kl" else 1), ours, memory)
 
     @property
+    def in_parts(self) -> bool:
+        """Whether every passage is scored by itself."""
+        return self.per_passage
+
+    @property
     def _batched(self) -> bool:
         """Whether norms of unformed gradients are all that is needed."""
         return self.per_passage and self.reduce == "norm" and self.grain != "weight" and self.objective != "contrast-kl"

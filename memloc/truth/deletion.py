@@ -96,7 +96,7 @@ class Deletion:
 
     def names(self, ground: Ground) -> tuple[str, ...]:
         """One name for each passage that is dropped."""
-        ground.need("memorized")
+        ground.need("view", "memorized", "text")
         return tuple(f"passage-{index}" for index in range(min(self.sequences, len(ground.memorized or ()))))
 
     def make(self, ground: Ground, name: str) -> Known:

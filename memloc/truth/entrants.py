@@ -28,14 +28,14 @@ BASELINES = Registry(
 )
 """What a localizer must beat: scores that have not looked at the passages."""
 
-SETTINGS: Mapping[str, Mapping[str, Any]] = {}
+SETTINGS: Mapping[str, Mapping[str, Any]] = {
+    "logit-lens": {"mode": "attribution"},
+}
 """How a method is run here where its own defaults are meant for something else; the grain is set by itself."""
 
 CONTRAST: Mapping[str, Literal["text", "controls"]] = {
     "outlier-set": "text",
     "curvature": "text",
-    "attribution-patching": "controls",
-    "activation-patching": "controls",
 }
 """Methods that need a second data set, and which of the known answer's they get."""
 
@@ -108,7 +108,7 @@ def entrant(name: str, grain: Grain, changes: Mapping[str, Any]) -> Any:
 
 def source_digest(name: str) -> str:
     """Digest of the file a method is written in: results of another version of it are not reused."""
-    table = LOCALIZERS if name in LOCALIZERS else BASELINES
+    table = BASELINES if name in BASELINES else LOCALIZERS
     return digest_bytes(table.source(name).read_bytes())
 
 

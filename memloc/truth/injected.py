@@ -66,6 +66,7 @@ class Injected:
     def names(self, ground: Ground) -> tuple[str, ...]:
         """One name for each draw; fewer than wanted where the ground knows too few sequences."""
         most = self.sequences
+        ground.need("view")
         if self.source == "unknown":
             ground.need("unknown")
             most = min(most, len(ground.unknown or ()) // self.together)

@@ -121,7 +121,11 @@ class Sinks:
 
     def make(self, ground: Ground, name: str) -> Known:
         """Train the model of the ground's seed; the gold is the group's tied neurons, checked by dropping them."""
-        group, made = int(name.rpartition("-")[2]), self.trained(ground.seed)
+        return self.known(self.trained(ground.seed), name)
+
+    def known(self, made: Sunk, name: str) -> Known:
+        """The known answer of that name in a trained model, with what dropping neurons does in its notes."""
+        group = int(name.rpartition("-")[2])
         mine = made.passages.where(lambda item: item.tags["sink"] == group)
         gold, nothing = made.tied[group], _nothing(made.tied[group])
         other = made.tied[(group + 1) % self.groups]

@@ -22,6 +22,12 @@ from memloc.truth.trials import Made, Trial, Trials
 TOOK = ("CPU s", "forward", "backward")
 """What a trial took: seconds, block-tokens forward, block-tokens backward; means per known answer."""
 
+ENDS = tuple(
+    f"{name}@{share}%" for share in ("0.5", "5")
+    for name in ("self accuracy lost", "other accuracy lost", "self distance", "other distance", "text perplexity")
+)  # fmt: skip
+"""What is shown of a curve over shares; the whole of it stands in the CSV and the JSON."""
+
 
 @dataclass(frozen=True)
 class Mean:
@@ -120,10 +126,11 @@ class Table:
         return f"{sum(took) / len(took):.2f}" if took else ""
 
     def detail(self, world: str) -> tuple[list[str], list[list[str]]]:
-        """Columns and rows of one world: every figure that is a result, and what the run took."""
+        """Columns and rows of one world, and what the run took; of curves only their sum and two points, see `ENDS`."""
         rows = [row for row in self.ranked(world) if row.n]
         names = list(dict.fromkeys(name for row in rows for name in row.figures))
         names = [name for name in names if not name.endswith((" ceiling", " chance")) and name not in TOOK]
+        names = [name for name in names if "%" not in name or name in (*ENDS, self.worlds[world])]
         body = [[row.method, str(row.n), *(str(row.figures[name]) for name in names), *_took(row)] for row in rows]
         return ["method", "n", *names, *TOOK], body
 
@@ -208,11 +215,14 @@ def interval(
         members.setdefault(group, []).append(value)
     if len(members) < 2:
         return Mean(mean, *bootstrap_interval(values, seed=seed, draws=draws))
-    rng, sets = np.random.default_rng(seed), [np.asarray(part) for part in members.values()]
-    means = []
-    for picks in rng.integers(0, len(sets), (draws, len(sets))):
-        drawn = [sets[pick][rng.integers(0, len(sets[pick]), len(sets[pick]))] for pick in picks]
-        means.append(np.concatenate(drawn).mean())
+    size = np.array([len(part) for part in members.values()])
+    padded = np.array([[*part, *[0.0] * (size.max() - len(part))] for part in members.values()])
+    rng = np.random.default_rng(seed)
+    picks = rng.integers(0, len(size), (draws, len(size)))
+    # [draws, groups, answers]: as many answers of each picked group as it has, drawn anew every time it is picked.
+    within = (rng.random((*picks.shape, size.max())) * size[picks][..., None]).astype(int)
+    drawn = padded[picks[..., None], within] * (np.arange(size.max()) < size[picks][..., None])
+    means = drawn.sum((1, 2)) / size[picks].sum(1)
     low, high = np.quantile(means, [0.025, 0.975])
     return Mean(mean, float(low), float(high))
 

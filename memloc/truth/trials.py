@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from memloc import hooks
-from memloc.errors import MemlocError
+from memloc.errors import MemlocError, MismatchError
 from memloc.progress import tell
 from memloc.provenance import digest_json, settings_of
 from memloc.sites import Grain
@@ -202,6 +202,8 @@ def judge(known: Known, name: str, changes: Mapping[str, Any]) -> dict[str, Any]
         with hooks.count_tokens(blocks) as traffic:
             found = method(known.view, known.passages, contrast=contrast)
         spent = time.process_time() - started
+        if found.grain is not known.grain:
+            raise MismatchError(f"{name} scores {found.grain}s, and no {known.grain}s")
         figures = _figures(known, found)
     except Exception as error:
         seconds = time.process_time() - started

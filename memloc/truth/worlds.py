@@ -76,9 +76,11 @@ class Ground:
         Raises:
             InputError: one is not there (it is named).
         """
+        words = {"view": "a trained model", "memorized": "passages it recites", "unknown": "passages new to it",
+                 "text": "ordinary text"}  # fmt: skip
         for name in names:
             if not getattr(self, name):
-                raise InputError(f"{self.name}: this world needs {name.replace('view', 'a trained model')}; none given")
+                raise InputError(f"{self.name}: this world needs {words[name]}, and none is given")
 
 
 @dataclass(frozen=True)

@@ -142,11 +142,6 @@ def selectivity(known: Known, found: Localization) -> dict[str, float]:
     return figures
 
 
-def cyclic(passages: Passages) -> str:
-    """The numbers of a world's passages as "FIRST-LAST", for spectra over tokens: all ids below that of "="."""
-    return f"0-{max(max(item.prefix) for item in passages) - 1}"
-
-
 def _rows(table: Sums) -> Tensor:
     return torch.cat([table.pairs, torch.full((len(table.pairs), 1), table.modulus)], 1)
 

@@ -20,12 +20,15 @@ if TYPE_CHECKING:
 CHANGES = ("share", "sequences", "tokens", "source", "first_layer")
 """Settings of worlds that have flags; each goes to the worlds that have it."""
 
+ALWAYS = ("value-norm", "activation", "random")
+"""Without these beside it no figure says much: what needs no reading of the passages, little of it, and none at all."""
+
 
 def flags(parser: argparse.ArgumentParser) -> None:
     """Add its flags."""
     parser.add_argument("--worlds", help="names with commas between; `all` for every world (default: planted,inj,del)",
                         default="planted,inj,del")  # fmt: skip
-    parser.add_argument("--methods", help="names of localizers and baselines, with commas between (default: every one)")
+    parser.add_argument("--methods", help="localizers and baselines, with commas between (default: every one)")
     parser.add_argument("--model", nargs="+", help="checkpoint folders, labs with their files", metavar="FOLDER")
     parser.add_argument("--lab", choices=["tiny", "demo"], help="build labs under --out, one a seed, or find them")
     parser.add_argument("--seeds", type=int, default=3, help="draws on each --model, or labs (default: 3)")
@@ -62,19 +65,12 @@ def _print(made: Table, terminal: Terminal) -> None:
     """The overview, the worlds one by one, and who is not in them."""
     terminal.table("localizers on known answers; 95 % intervals over models, seeds and answers", *made.overview())
     for world in made.worlds:
-        columns, rows = made.detail(world)
-        shown = [at for at, name in enumerate(columns) if name in _shown(columns)]
-        terminal.table(world, [columns[at] for at in shown], [[row[at] for at in shown] for row in rows])
+        terminal.table(world, *made.detail(world))
         for line in made.remarks(world):
             terminal.note(f"{world}: {line}")
         terminal.note("")
     if made.failures():
         terminal.table("not judged", ["method", "worlds", "why"], made.failures())
-
-
-def _shown(columns: Sequence[str]) -> Sequence[str]:
-    """What fits on a screen: of a curve, what it sums up to and its ends at half a percent and five."""
-    return [name for name in columns if "%" not in name or name.startswith(("selectivity@0.5%", "selectivity@5%"))]
 
 
 def _worlds(arguments: argparse.Namespace) -> dict[str, World]:
@@ -99,7 +95,7 @@ def _methods(arguments: argparse.Namespace) -> tuple[str, ...]:
     names = _listed(arguments.methods, "--methods")
     for name in names:
         source_digest(name)  # an unknown name is told before anything runs
-    return names
+    return tuple(dict.fromkeys((*names, *ALWAYS)))
 
 
 def _listed(text: str, flag: str) -> tuple[str, ...]:

@@ -77,6 +77,7 @@ DEFAULTS: Mapping[str, Entry] = {
 VARIANTS: Mapping[str, Entry] = {
     **{f"weight-gradient {grain}": WeightGradient(grain=grain) for grain in ("layer", "head", "neuron", "weight")},
     "weight-gradient per passage": WeightGradient(per_passage=True, reduce="norm"),
+    "weight-gradient one by one": WeightGradient(per_passage=True, objective="contrast", grain="neuron"),
     "weight-gradient folded": WeightGradient(convention="folded"),
     "weight-gradient folded norms": WeightGradient(
         convention="folded", per_passage=True, reduce="norm", grain="neuron"
@@ -115,7 +116,7 @@ VARIANTS: Mapping[str, Entry] = {
     "random weight": Random(grain="weight"),
     "slimming head": Slimming(grain="head", steps=30, learning_rate=0.05),
     "hard-concrete head": HardConcrete(grain="head", steps=30, stop=0.8),
-    "outlier-set exact": OutlierSet(until="exact", growth=2),
+    "outlier-set nll": OutlierSet(until="nll", growth=2),
     "zero-out head": ZeroOut(grain="head", memory_mb=1),
     "zero-out shortlist": ZeroOut(mode="shortlist", verify=15, audit=5),
     "activation-patching layer": ActivationPatching(grain="layer", corrupt="mean", direction="noise"),

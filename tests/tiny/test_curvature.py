@@ -177,6 +177,8 @@ def test_text_like_the_reference_scores_nothing_and_other_text_does(view_of):
     for site, scores in found.scores.items():
         assert_close(scores.mean(), torch.tensor(0.0), atol=1e-6, rtol=0)
         assert_close(found.notes["bands"][str(site)]["top 10%"], 1.0)
+    few = Curvature(positions="all", limit=5)(view, same, contrast=text)
+    assert few.notes["reference"] == 1 and few.notes["text"] == 4
     other = Curvature(positions="all")(view, zoo.passages(3), contrast=text)
     assert max(float(scores.mean().abs()) for scores in other.scores.values()) > 0.01
 
@@ -193,7 +195,7 @@ def test_neurons_are_columns_of_the_weights(view_of):
 def test_what_cannot_be_used_is_refused(view_of):
     view, passages = view_of("gpt2"), zoo.passages(2)
     for contrast in (None, zoo.passages(1)):
-        with pytest.raises(InputError, match="give two or more as contrast"):
+        with pytest.raises(InputError, match="passages of ordinary text, limit 2000; give two or more"):
             Curvature()(view, passages, contrast=contrast)
     with pytest.raises(InputError, match="a neuron has none to choose from"):
         Curvature(grain="neuron", kinds="mlp.out")(view, passages, contrast=zoo.passages(2))

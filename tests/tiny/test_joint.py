@@ -116,7 +116,7 @@ def test_twins_cover_for_each_other_until_one_is_gone(twins):
 
 def test_an_outlier_set_is_found_in_a_silenced_model(twins):
     alone, site = selected({twins.site: [7]}, {twins.site: twins.view.neurons}, Grain.NEURON), twins.site
-    method, both = OutlierSet(), {"contrast": twins.controls}
+    method, both = OutlierSet(until="nll"), {"contrast": twins.controls}
     assert method(twins.view, twins.passages, **both).mean().top(2).indices() == {site: [7, 9]}
     with silenced(twins.view, alone):
         found = method(twins.view, twins.passages, **both)

@@ -57,7 +57,7 @@ def test_silencing_the_set_ends_the_recital_and_freeing_a_member_brings_it_back(
 
 
 def test_members_score_above_one_and_others_by_the_level_they_join_at(planted):
-    method = OutlierSet()
+    method = OutlierSet(until="nll")
     found = method(planted.view, planted.passages[:1], contrast=planted.controls)
     scores = torch.stack([entry[0] for entry in found.scores.values()])
     assert int((scores > 1).sum()) == found.notes["sizes"][0] and scores.min() >= 0 and scores.max() == 2

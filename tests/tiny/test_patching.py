@@ -19,9 +19,9 @@ from memloc.localizers.activation_patching import ActivationPatching
 from memloc.localizers.attribution_patching import AttributionPatching
 from memloc.localizers.causal_trace import CausalTrace
 from memloc.passages import Passage, Passages
+from memloc.patched import Sweep
 from memloc.places import READS, Places
 from memloc.sites import Kind, Site
-from memloc.patched import Sweep
 from memloc.view import ModelView
 
 every_family = pytest.mark.parametrize("family", zoo.FAMILIES)
