@@ -164,12 +164,14 @@ def everything(view: ModelView, grain: Grain) -> Selection:
 
 def apart(selection: Selection) -> tuple[Selection, ...]:
     """Each of the chosen places alone."""
+    # The empty masks are shared by all: thousands of neurons would each hold masks of the whole model.
+    nowhere = {site: torch.zeros_like(mask) for site, mask in selection.masks.items()}
     found = []
     for site, entries in selection.indices().items():
         for entry in entries:
-            masks = {other: torch.zeros_like(mask) for other, mask in selection.masks.items()}
-            masks[site].view(-1)[entry] = True
-            found.append(Selection(selection.grain, masks, selection.provenance))
+            mask = torch.zeros_like(selection.masks[site])
+            mask.view(-1)[entry] = True
+            found.append(Selection(selection.grain, {**nowhere, site: mask}, selection.provenance))
     return tuple(found)
 
 

@@ -94,7 +94,7 @@ def _piece(path: DirectPath, promoted: Promoted, layer: int, here: Heard, final:
     most, least = (table[layer, :, 0].to(own.device) for table in (promoted.most, promoted.least))
     awake = here.neurons > 0
     said = ((most == own[:, None]) & awake).any(1)
-    size = here.neurons.abs().to(path.gain) * promoted.norm[layer].to(path.gain)
+    size = here.neurons.abs().to(path.dtype) * promoted.norm[layer].to(path.dtype)
     ten = size.topk(min(10, size.shape[1]), dim=1).indices
     by_sign = torch.where(here.neurons.gather(1, ten) > 0, most[ten], least[ten])
     kept, taken = with_it == without, (with_it == own) & (with_it != without)

@@ -14,8 +14,9 @@ from memloc.batches import Batch
 from memloc.corruption import Corrupted
 from memloc.costs import Cost, pass_bytes
 from memloc.patched import Sweep, batch_of
-from memloc.patching import Question, Run, constant_run, through
+from memloc.patching import Run, constant_run, through
 from memloc.places import Places
+from memloc.question import Question
 from memloc.sites import Kind, Site
 from memloc.view import ModelView
 

@@ -14,9 +14,10 @@ from memloc.corruption import Corrupted, Corruption
 from memloc.costs import Cost, block_tokens, pass_bytes, widest
 from memloc.errors import InputError
 from memloc.passages import Passage, Passages
-from memloc.patching import Direction, Metric, Pair
+from memloc.patching import Direction, Pair
 from memloc.places import Places
 from memloc.progress import steps
+from memloc.question import Metric
 from memloc.sites import Site
 from memloc.view import ModelView
 

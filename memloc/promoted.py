@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import copy
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from memloc.errors import ModelError
+from memloc.attribution import Norm
 from memloc.progress import steps
 from memloc.sites import OUTSIDE, Kind, Site
 from memloc.view import ModelView
@@ -19,74 +18,50 @@ CHUNK = 1 << 24
 
 @dataclass(frozen=True)
 class DirectPath:
-    """From the residual stream to logits, as far as it is linear.
-
-    The final norm is gain ⊙ x / scale(x) + bias, x centred or not.
+    """From the residual stream to logits, as far as it is linear: the final norm's gain (and centring), and no scale.
 
     The scale is one positive number a position, so it changes no order of tokens; biases say the same of every vector.
-    Both are left out of what a vector says.
 
     Attributes:
         view: the model.
-        gain: [d], float32 (float64 where the model is).
-        centred: the norm takes the mean away (layer norm), or not (root mean square).
-        unembedding: [v, d].
+        norm: its final norm, taken apart.
+        unembedding: [v, d], float32 (float64 where the model is).
     """
 
     view: ModelView
-    gain: Tensor
-    centred: bool
+    norm: Norm
     unembedding: Tensor
 
     @classmethod
     @torch.no_grad()
     def of(cls, view: ModelView) -> DirectPath:
-        """Found by arithmetic on the final norm itself, and proved on another vector.
+        """Of a model. Cost: no block is run."""
+        norm = Norm.of(view)
+        return cls(view, norm, view.weight(Site(OUTSIDE, Kind.UNEMBED)).detach().to(norm.gain))
 
-        Raises:
-            ModelError: the final norm is of neither kind.
-        """
-        norm = copy.deepcopy(view.model.get_submodule(view.row.final_norm)).double()
-
-        def odd(x: Tensor) -> Tensor:
-            """Without the bias; the large factor makes the norm's epsilon nothing."""
-            found: Tensor = (norm(1e4 * x) - norm(-1e4 * x)) / 2
-            return found
-
-        generator = torch.Generator().manual_seed(0)
-        x, y = torch.randn(2, view.width, dtype=torch.float64, generator=generator).to(view.device)
-        x = x.sign() * (1 + x.abs())
-        x = x - x.mean()
-        gain = odd(x) * x.square().mean().sqrt() / x
-        centred = bool(torch.allclose(odd(x + 1), odd(x), rtol=1e-4, atol=1e-6))
-        y = y + 1
-        seen = y - y.mean() if centred else y
-        if not torch.allclose(odd(y), gain * seen / seen.square().mean().sqrt(), rtol=1e-3, atol=1e-5):
-            raise ModelError(f"{view.row.final_norm}: neither a layer norm nor a root mean square norm; cannot read it")
-        wide = torch.float64 if view.dtype == torch.float64 else torch.float32
-        unembedding = view.weight(Site(OUTSIDE, Kind.UNEMBED)).detach().to(wide)
-        return cls(view, gain.to(wide), centred, unembedding)
-
-    def centre(self, vectors: Tensor) -> Tensor:
-        """The vectors in the path's dtype, without their mean where the norm takes it away."""
-        vectors = vectors.to(self.gain)
-        return vectors - vectors.mean(-1, keepdim=True) if self.centred else vectors
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of all that is computed here."""
+        return self.norm.gain.dtype
 
     def logits(self, vectors: Tensor) -> Tensor:
         """What vectors [..., d] say, up to a positive factor each: [..., v]."""
-        return (self.centre(vectors) * self.gain) @ self.unembedding.T
+        vectors = vectors.to(self.dtype)
+        seen = vectors - vectors.mean(-1, keepdim=True) if self.norm.centre else vectors
+        return (seen * self.norm.gain) @ self.unembedding.T
 
-    def scale(self, residual: Tensor) -> Tensor:
-        """What the norm divides residual vectors [..., d] by: [..., 1], its epsilon included."""
-        direct = self.centre(residual) * self.gain
-        normed = (self.view.final_norm(residual) - self.view.final_norm(-residual)).to(direct) / 2
-        largest = direct.abs().argmax(-1, keepdim=True)
-        return direct.gather(-1, largest) / normed.gather(-1, largest)
+    def towards(self, tokens: Tensor, residual: Tensor) -> Tensor:
+        """Directions [k, d]: a vector times one is its share in the logit of `tokens` [k] above the mean logit.
 
-    def towards(self, tokens: Tensor) -> Tensor:
-        """Directions [k, d] of the stream along which the logits of `tokens` [k] rise over the vocabulary's mean."""
+        Args:
+            tokens: [k].
+            residual: [k, d], the stream before the final norm, whose scale is held.
+
+        Raises:
+            ModelError: the final norm is of another kind.
+        """
         above = self.unembedding[tokens] - self.unembedding.mean(0)
-        return self.centre(above * self.gain)
+        return self.norm.pulled_back(above, self.norm.scale(residual, self.view.final_norm(residual)))
 
 
 @dataclass(frozen=True)
@@ -121,7 +96,7 @@ class Promoted:
         count = min(count, len(path.unembedding))
         most = torch.zeros(view.layers, view.neurons, count, dtype=torch.long)
         least, rank = torch.zeros_like(most), torch.full(targets.shape, -1)
-        norm = torch.zeros(targets.shape[:2], dtype=path.gain.dtype)
+        norm = torch.zeros(targets.shape[:2], dtype=path.dtype)
         step = max(1, CHUNK // len(path.unembedding))
         pieces = [(site, start) for site in view.sites(Kind.MLP_OUT) for start in range(0, view.neurons, step)]
         for site, start in steps(pieces, "values of neurons"):
@@ -133,5 +108,5 @@ class Promoted:
             own = logits.gather(1, wanted.clamp_min(0))
             above = torch.stack([(logits > column[:, None]).sum(1) for column in own.unbind(1)], 1)
             rank[here] = torch.where(wanted >= 0, above, -1).cpu()
-            norm[here] = torch.linalg.vector_norm(values.to(path.gain), dim=1).cpu()
+            norm[here] = torch.linalg.vector_norm(values.to(path.dtype), dim=1).cpu()
         return cls(most, least, rank, norm)

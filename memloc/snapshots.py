@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -119,6 +119,12 @@ def series(earlier: str | Path) -> tuple[Snapshot, ...]:
     if not named:
         raise CheckpointError("no earlier checkpoint is named; give a folder, or several with commas between")
     return tuple(found for part in named for found in _one_or_many(Path(part)))
+
+
+def names_apart(snapshots: Sequence[Snapshot]) -> list[str]:
+    """What to call each, so that no two share a name: those that occur again are numbered."""
+    names = [snapshot.name for snapshot in snapshots]
+    return [name if names.count(name) == 1 else f"{name}#{index}" for index, name in enumerate(names)]
 
 
 def _one_or_many(folder: Path) -> list[Snapshot]:

@@ -10,9 +10,10 @@ from memloc.costs import Cost
 from memloc.errors import InputError
 from memloc.passages import Passages
 from memloc.patched import Sweep
-from memloc.patching import Direction, Metric
+from memloc.patching import Direction
 from memloc.places import Node, PatchGrain, Places, Stream
 from memloc.provenance import Provenance, settings_of
+from memloc.question import Metric
 from memloc.scores import Localization
 from memloc.view import ModelView
 

@@ -15,10 +15,11 @@ from memloc.errors import InputError
 from memloc.first_order import FirstOrder
 from memloc.passages import Passages
 from memloc.patched import Sweep
-from memloc.patching import Direction, Metric
+from memloc.patching import Direction
 from memloc.places import Node, PatchGrain, Places, Stream
 from memloc.progress import steps
 from memloc.provenance import Provenance, settings_of
+from memloc.question import Metric
 from memloc.scores import Localization
 from memloc.sites import Site
 from memloc.spot_check import Checked, SpotCheck, notes_of

@@ -137,12 +137,12 @@ class FfnMemory:
     def _scores(self, path: DirectPath, values: Promoted, passages: Passages) -> tuple[Tensor, list[dict[str, float]]]:
         """Scores [l, n, f], and each layer's shares of the positions looked at."""
         view, looked = path.view, composition.chosen(passages, self.positions)
-        scores = torch.zeros(view.layers, len(passages), view.neurons, dtype=path.gain.dtype)
+        scores = torch.zeros(view.layers, len(passages), view.neurons, dtype=path.dtype)
         sums = torch.zeros(view.layers, len(composition.SHARES), dtype=torch.float64)
         for batch in steps(list(view.batches(passages, size=self.batch_size)), "memories at work"):
             heard = _listen(view, batch)
             row, _, token, _ = batch.suffix_index()
-            wanted = path.towards(token) / path.scale(heard[view.layers - 1].residual)
+            wanted = path.towards(token, heard[view.layers - 1].residual)
             count = (batch.length - batch.prefix)[:, None].cpu()
             for site in view.sites(Kind.MLP_OUT):
                 weight = view.weight(site).detach().to(wanted)

@@ -5,27 +5,24 @@ from __future__ import annotations
 import contextlib
 from argparse import Namespace
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from memloc.ablation import FACTORS, REFERRING, Ablation
 from memloc.command import read_facts, read_passages, read_text
-from memloc.components import Components, Directions, apart, everything, layers, named, names_of, parts_of
+from memloc.components import Components, parts_of
 from memloc.costs import Cost, block_tokens, pass_bytes, widest
 from memloc.errors import InputError, MemlocError
 from memloc.passages import Facts, Passage, Passages
 from memloc.ports import width
 from memloc.provenance import digest_json, settings_of, versions
 from memloc.reference import Reference
-from memloc.scores import Localization, Selection
-from memloc.sites import Grain, Site
+from memloc.scores import Selection
+from memloc.sweep.choosing import chosen, twins
 from memloc.sweep.grid import Asked, Data, Grid, Sets
 from memloc.view import ModelView
-
-TRIES = 100
 
 
 @dataclass(frozen=True, eq=False)
@@ -102,62 +99,84 @@ class Plan:
         Raises:
             InputError, MismatchError, ModelError, ...: anything in the grid that cannot be run.
         """
-        lines: list[Line] = []
-        models: dict[str, str] = {}
-        data: dict[tuple[str, str], Passages | Facts] = {}
-        rows: dict[tuple[str, str], Passages] = {}
-        references: dict[str, Reference] = {}
-        notes: list[str] = []
-        costs: dict[str, Cost] = {}
-        reading: dict[str, Cost] = {}
+        draft = _Draft()
         for name in grid.models:
-            view = ModelView.open(name)
-            models[name] = view.digest
-            for key, entry in grid.data.items():
-                data[name, key] = _read(entry, view)
-                rows[name, key] = _rows(data[name, key])
-                rows[name, key].check(view.vocab, view.context)
-            if grid.reference is not None:
-                text = _rows(_read(grid.reference, view))
-                references[name] = Reference(text, tokens=grid.reference_tokens)
-            maker = _Maker(name, models[name], data, references.get(name))
-            mine = [Line(maker.cell(asked, None), "", "", 0, "", 0) for asked in grid.measures]
-            for sets in grid.sets:
-                with _named(f"ablate {sets.name!r}"):
-                    mine += _lines(view, sets, grid.measures, maker, notes)
-            for line in mine:
-                of = rows[name, line.cell.asked.data]
-                with _named(f"ablate {line.sets!r}, {line.label}"):
-                    _check(view, line, of)
-                if line.cell.key not in costs:
-                    costs[line.cell.key] = _cost(view, line.cell, of, grid.reference_tokens)
-            lines += mine
-            referring = any(line.cell.ablation and line.cell.ablation.how in REFERRING for line in mine)
-            if name in references and referring:
-                known = references[name]
-                reading[name] = Cost(block_tokens(view, known.passages, size=known.batch_size))
-        return cls(tuple(lines), models, data, rows, references, tuple(dict.fromkeys(notes)), costs, reading)
+            draft.add(ModelView.open(name), name, grid)
+        notes = tuple(dict.fromkeys(draft.notes))
+        return cls(
+            tuple(draft.lines), draft.models, draft.data, draft.rows, draft.references, notes, draft.costs,
+            draft.reading,
+        )  # fmt: skip
 
 
-@dataclass(frozen=True)
-class _Maker:
-    model: str
-    digest: str
-    data: Mapping[tuple[str, str], Passages | Facts]
-    reference: Reference | None
+@dataclass
+class _Draft:
+    """A plan in the making; its fields are those of `Plan`."""
 
-    def cell(self, asked: Asked, ablation: Ablation | None) -> Cell:
-        data = self.data[self.model, asked.data]
-        referring = ablation is not None and ablation.how in REFERRING and self.reference is not None
+    lines: list[Line] = field(default_factory=list)
+    models: dict[str, str] = field(default_factory=dict)
+    data: dict[tuple[str, str], Passages | Facts] = field(default_factory=dict)
+    rows: dict[tuple[str, str], Passages] = field(default_factory=dict)
+    references: dict[str, Reference] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+    costs: dict[str, Cost] = field(default_factory=dict)
+    reading: dict[str, Cost] = field(default_factory=dict)
+
+    def add(self, view: ModelView, name: str, grid: Grid) -> None:
+        """All lines of one model."""
+        self.models[name] = view.digest
+        for key, entry in grid.data.items():
+            self.data[name, key] = _read(entry, view)
+            self.rows[name, key] = _rows(self.data[name, key])
+            self.rows[name, key].check(view.vocab, view.context)
+        if grid.reference is not None:
+            self.references[name] = Reference(_rows(_read(grid.reference, view)), tokens=grid.reference_tokens)
+        mine = [Line(self.cell(name, asked, None), "", "", 0, "", 0) for asked in grid.measures]
+        for sets in grid.sets:
+            with _named(f"ablate {sets.name!r}"):
+                mine += self._lines(view, name, sets, grid.measures)
+        for line in mine:
+            of = self.rows[name, line.cell.asked.data]
+            with _named(f"ablate {line.sets!r}, {line.label}"):
+                _check(view, line, of)
+            if line.cell.key not in self.costs:
+                self.costs[line.cell.key] = _cost(view, line.cell, of, grid.reference_tokens)
+        self.lines += mine
+        known = self.references.get(name)
+        if known is not None and any(line.cell.ablation and line.cell.ablation.how in REFERRING for line in mine):
+            self.reading[name] = Cost(block_tokens(view, known.passages, size=known.batch_size))
+
+    def _lines(self, view: ModelView, name: str, sets: Sets, measures: Sequence[Asked]) -> Iterator[Line]:
+        for label, of in chosen(view, sets):
+            grains = {str(entry.grain) if isinstance(entry, Selection) else "direction" for entry in of}
+            grain, count = grains.pop() if len(grains) == 1 else "mixed", sum(entry.count for entry in of)
+            others = list(twins(sets, label, of, self.notes))
+            for how in sets.how:
+                for control, components in enumerate([of, *others]):
+                    for ablation in _ablations(sets, how, components):
+                        for asked in measures:
+                            yield Line(self.cell(name, asked, ablation), sets.name, label, control, grain, count)
+
+    def cell(self, name: str, asked: Asked, ablation: Ablation | None) -> Cell:
+        """A cell under its key."""
+        reference = self.references.get(name) if ablation is not None and ablation.how in REFERRING else None
         content = {
-            "model": self.digest,
-            "data": data.digest,
+            "model": self.models[name],
+            "data": self.data[name, asked.data].digest,
             "measure": [asked.name, settings_of(asked.measure)],
             "ablation": None if ablation is None else ablation.digest,
-            "reference": self.reference.digest if referring and self.reference is not None else None,
-            "versions": {name: found for name, found in versions().items() if name in ("memloc", "torch")},
+            "reference": None if reference is None else reference.digest,
+            "versions": {package: found for package, found in versions().items() if package in ("memloc", "torch")},
         }
-        return Cell(digest_json(content), self.model, asked, ablation)
+        return Cell(digest_json(content), name, asked, ablation)
+
+
+def _ablations(sets: Sets, how: str, of: tuple[Components, ...]) -> Iterator[Ablation]:
+    factors: tuple[float | None, ...] = sets.factors if how in FACTORS and sets.factors else (None,)
+    seeds = sets.seeds if how in ("resample", "noise") else (0,)
+    for factor in factors:
+        for seed in seeds:
+            yield Ablation(of=of, how=how, factor=factor, seed=seed, positions=sets.positions)  # type: ignore[arg-type]
 
 
 # -- data -------------------------------------------------------------------------------------------------------------
@@ -183,115 +202,6 @@ def _rows(data: Passages | Facts) -> Passages:
         for neighbor in fact.neighbors:
             pairs |= dict.fromkeys((neighbor.prompt.ids, answer) for answer in (neighbor.target, fact.target))
     return Passages(tuple(Passage(f"pair-{index}", *pair) for index, pair in enumerate(pairs)), data.origin)
-
-
-# -- sets of components -----------------------------------------------------------------------------------------------
-
-
-def _lines(view: ModelView, sets: Sets, measures: Sequence[Asked], maker: _Maker, notes: list[str]) -> Iterator[Line]:
-    for label, of in _chosen(view, sets):
-        twins = list(_twins(sets, label, of, notes))
-        for how in sets.how:
-            for control, components in enumerate([of, *twins]):
-                for ablation in _ablations(sets, how, components):
-                    grains = {str(entry.grain) if isinstance(entry, Selection) else "direction" for entry in of}
-                    grain = grains.pop() if len(grains) == 1 else "mixed"
-                    count = sum(entry.count for entry in of)
-                    for asked in measures:
-                        yield Line(maker.cell(asked, ablation), sets.name, label, control, grain, count)
-
-
-def _ablations(sets: Sets, how: str, of: tuple[Components, ...]) -> Iterator[Ablation]:
-    factors: tuple[float | None, ...] = sets.factors if how in FACTORS and sets.factors else (None,)
-    seeds = sets.seeds if how in ("resample", "noise") else (0,)
-    for factor in factors:
-        for seed in seeds:
-            yield Ablation(of=of, how=how, factor=factor, seed=seed, positions=sets.positions)  # type: ignore[arg-type]
-
-
-def _chosen(view: ModelView, sets: Sets) -> Iterator[tuple[str, tuple[Components, ...]]]:
-    """Every set of components with its label."""
-    if sets.source == "every":
-        for one in apart(everything(view, Grain(sets.value))):
-            yield names_of(one)[0], (one,)
-    elif sets.source == "components":
-        found = named(view, sets.value)
-        if not sets.each:
-            yield shortened(name for entry in found for name in names_of(entry)), found
-        for entry in found if sets.each else ():
-            for one in apart(entry):
-                yield names_of(one)[0], (one,)
-    elif sets.source == "windows":
-        for size in sets.value:
-            if not 1 <= size <= view.layers:
-                raise InputError(f"windows: {size}; expected 1 to {view.layers}, the model's layers")
-            for start in range(view.layers - size + 1):
-                label = f"L{start}" if size == 1 else f"L{start}-L{start + size - 1}"
-                yield label, (layers(view, range(start, start + size)),)
-    elif sets.source == "directions":
-        yield from _directions(sets)
-    else:
-        localization = Localization.load(sets.value)
-        name = localization.provenance.method
-        for amount in sets.counts or sets.fractions:
-            by = {"count": amount} if sets.counts else {"fraction": amount}
-            label = f"top {amount} of {name}" if sets.counts else f"top {100 * amount:g} % of {name}"
-            yield label, (localization.top(per=sets.per, **by),)  # type: ignore[arg-type]
-
-
-def _directions(sets: Sets) -> Iterator[tuple[str, tuple[Components, ...]]]:
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    try:
-        tensors = load_file(sets.value)
-    except (OSError, SafetensorError) as error:
-        raise InputError(f"{sets.value} cannot be read as safetensors: {error}") from error
-    rows: dict[Site | int, torch.Tensor] = {}
-    for name, tensor in sorted(tensors.items()):
-        rows[int(name[1:]) if name[1:].lstrip("-").isdigit() else Site.parse(name)] = tensor
-    whole = Directions(rows)
-    if not sets.each:
-        yield shortened(names_of(whole)), (whole,)
-    for place, entry in rows.items() if sets.each else ():
-        for index in range(len(entry)):
-            at = str(place) if isinstance(place, Site) else f"L{place}"
-            yield f"{at}~{index}", (Directions({place: entry[index : index + 1]}),)
-
-
-def shortened(names: Any, most: int = 6) -> str:
-    """Names joined, the rest counted."""
-    found = list(names)
-    return "+".join(found[:most]) + (f"+{len(found) - most} more" if len(found) > most else "")
-
-
-def _twins(sets: Sets, label: str, of: tuple[Components, ...], notes: list[str]) -> Iterator[tuple[Components, ...]]:
-    """Random sets of equal size, none of them the set itself and no two alike."""
-    seen = [[_identity(entry) for entry in of]]
-    for seed in range(TRIES * sets.controls):
-        if len(seed_found := seen[1:]) == sets.controls:
-            break
-        twin = tuple(_twin(entry, seed, sets.matched) for entry in of)
-        identity = [_identity(entry) for entry in twin]
-        if identity not in seen and len(seed_found) < sets.controls:
-            seen.append(identity)
-            yield twin
-    if len(seen) - 1 < sets.controls:
-        notes.append(f"{sets.name}, {label}: {len(seen) - 1} of {sets.controls} random controls; there are no others")
-
-
-def _twin(entry: Components, seed: int, matched: str) -> Components:
-    if isinstance(entry, Directions):
-        return entry.random_like(seed)
-    if matched != "grain":
-        return entry.random_like(seed, per=matched)
-    # Where every chosen site is chosen whole, only the sites themselves can differ.
-    whole = all(bool(mask.all()) for mask in entry.masks.values() if mask.any())
-    return entry.random_like(seed, per="model" if whole else "site")
-
-
-def _identity(entry: Components) -> Any:
-    return entry.digest if isinstance(entry, Directions) else entry.indices()
 
 
 # -- checks and costs -------------------------------------------------------------------------------------------------

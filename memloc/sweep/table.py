@@ -14,7 +14,8 @@ from memloc.errors import ArtifactError
 from memloc.measurement import Measurement
 from memloc.report.comparison import Comparison
 from memloc.store import atomic_file, write_text
-from memloc.sweep.cells import Cell, Line, Plan, shortened
+from memloc.sweep.cells import Cell, Line, Plan
+from memloc.sweep.choosing import shortened
 from memloc.sweep.work import check_figures, result
 
 

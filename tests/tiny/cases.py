@@ -69,6 +69,9 @@ def retraining(**settings: Any) -> Callable[[ModelView, Path], Any]:
 DEFAULTS: Mapping[str, Entry] = {
     "causal-trace": CausalTrace(draws=3),
     "hard-concrete": HardConcrete(steps=4, every=2, learning_rate=0.2),
+    "activation-patching": ActivationPatching(alternatives=1),
+    "causal-trace": CausalTrace(draws=2),
+    "hard-concrete": HardConcrete(steps=8, every=2),
     "layer-retrain": retraining(),
     "layer-rewind": rewinding(),
     "slimming": Slimming(steps=4, every=2, learning_rate=0.05),
@@ -121,7 +124,6 @@ VARIANTS: Mapping[str, Entry] = {
     "zero-out shortlist": ZeroOut(mode="shortlist", verify=15, audit=5),
     "activation-patching layer": ActivationPatching(grain="layer", corrupt="mean", direction="noise"),
     "activation-patching keys": ActivationPatching(grain="head", node="key", corrupt="noise", draws=2),
-    "activation-patching neuron": ActivationPatching(grain="neuron", corrupt="zero", direction="noise"),
     "activation-patching position": ActivationPatching(grain="position", stream="mlp", corrupt="resample"),
     "attribution-patching verified": AttributionPatching(verify=3, audit=3),
     "attribution-patching graddrop": AttributionPatching(corrupt="perturbed", direction="denoise", graddrop=True),
@@ -132,7 +134,7 @@ VARIANTS: Mapping[str, Entry] = {
     "causal-trace window": CausalTrace(stream="attn", window=2, corrupt="rare", draws=2),
     "causal-trace block": CausalTrace(stream="block", corrupt="perturbed", metric="nll"),
     "prefix-perturbation exact": PrefixPerturbation(score="exact", target="own", alternatives=3),
-    "prefix-perturbation changed": PrefixPerturbation(score="changed", target="own", stride=3, memory_mb=1),
+    "prefix-perturbation changed": PrefixPerturbation(score="changed", target="own", alternatives=1),
 }
 
 BLIND: Mapping[str, str] = {

@@ -157,28 +157,32 @@ def test_purity_by_hand():
 
 
 @every_family
-def test_the_direct_path_scaled_and_with_its_biases_is_the_models_own(family, view_of):
+def test_the_direct_path_and_the_biases_are_the_models_own(family, view_of):
+    """Of the whole stream: the logits above their mean, in every family."""
     view = view_of(family, torch.float64)
     path = DirectPath.of(view)
     residual = 3 * torch.randn(5, view.width, dtype=torch.float64, generator=torch.Generator().manual_seed(1)) + 0.5
+    tokens = torch.tensor([0, 7, 52, 3, 3])
     with torch.no_grad():
-        bias = (view.final_norm(residual) + view.final_norm(-residual)) / 2
-        made = path.logits(residual) / path.scale(residual) + view.unembed(bias)
+        bias = view.unembed(path.norm.bias)
+        logits = view.unembed(view.final_norm(residual)) - bias
+        expected = logits.gather(1, tokens[:, None])[:, 0] - logits.mean(1)
         # Root mean square norms are float32 inside.
-        atol = 1e-9 if path.centred else 1e-5
-        assert_close(made, view.unembed(view.final_norm(residual)), atol=atol, rtol=0)
-    assert path.centred is (family in ("gpt2", "gpt_neo", "gpt_neox"))
+        atol = 1e-9 if path.norm.centre else 1e-5
+        assert_close((path.towards(tokens, residual) * residual).sum(-1), expected, atol=atol, rtol=0)
+        assert_close(path.logits(residual).argsort(), logits.argsort())
 
 
 def test_a_final_norm_of_another_kind_is_refused():
     class Bent(nn.Module):
         def forward(self, hidden):
-            return torch.tanh(hidden / 1e4)
+            return torch.tanh(hidden)
 
     view = ModelView.open(zoo.build("llama"))
     view.model.model.norm = Bent()
-    with pytest.raises(ModelError, match=r"model\.norm: neither a layer norm nor a root mean square norm"):
-        DirectPath.of(view)
+    view = ModelView(view.model, view.row)
+    with pytest.raises(ModelError, match="the final norm is no gain, centring and scale"):
+        FfnMemory()(view, zoo.passages(2))
 
 
 def norm_by_hand(view):
