@@ -67,11 +67,9 @@ def retraining(**settings: Any) -> Callable[[ModelView, Path], Any]:
 
 
 DEFAULTS: Mapping[str, Entry] = {
-    "causal-trace": CausalTrace(draws=3),
-    "hard-concrete": HardConcrete(steps=4, every=2, learning_rate=0.2),
     "activation-patching": ActivationPatching(alternatives=1),
     "causal-trace": CausalTrace(draws=2),
-    "hard-concrete": HardConcrete(steps=8, every=2),
+    "hard-concrete": HardConcrete(steps=4, every=2, learning_rate=0.2),
     "layer-retrain": retraining(),
     "layer-rewind": rewinding(),
     "slimming": Slimming(steps=4, every=2, learning_rate=0.05),
