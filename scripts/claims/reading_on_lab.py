@@ -32,8 +32,8 @@ from memloc.view import ModelView
 
 LAYER_FIGURES = (
     "agreement", "agreement_dealt", "target_rank", "target_rank_dealt", "last_purity", "last_purity_dealt",
-    "next_purity", "next_purity_dealt", "composition", "composition_of_ten", "kept", "taken_over", "compromise",
-    "agrees_with_final",
+    "next_purity", "next_purity_dealt", "composition", "composition_dealt", "composition_of_ten", "active", "kept",
+    "taken_over", "compromise", "agrees_with_final",
 )  # fmt: skip
 
 
