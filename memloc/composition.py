@@ -20,6 +20,7 @@ CHUNK = 256
 
 SHARES = (
     "composition",
+    "composition_dealt",
     "composition_of_ten",
     "active",
     "kept",
@@ -70,12 +71,14 @@ def chosen_index(batch: Batch, steps: list[set[int]]) -> Tensor:
 
 @torch.no_grad()
 def shares(path: DirectPath, promoted: Promoted, heard: Mapping[int, Heard]) -> Tensor:
-    """Of how many of k positions it holds, layer by layer: [l, 7], in the order of `SHARES`; float64 sums.
+    """Of how many of k positions it holds, layer by layer: [l, 8], in the order of `SHARES`; float64 sums.
 
     composition: the top token of the layer's output is the top token of none of its active values (neurons above 0);
-    composition_of_ten: nor of the ten that write most, each by its sign. active: share of neurons above 0.
-    kept, taken_over, compromise: the stream's top token with the layer's output in it is the one without it; or else
-    the output's own; or neither. agrees_with_final: it is the model's final one.
+    composition_dealt: what that would be were values dealt to neurons at random, its expectation, exactly: the more
+    neurons are awake, the more tokens they cover by chance. composition_of_ten: it is the top token of none of the ten
+    that write most, each by its sign. active: share of neurons above 0. kept, taken_over, compromise: the stream's top
+    token with the layer's output in it is the one without it; or else the output's own; or neither.
+    agrees_with_final: it is the model's final one.
     """
     last = heard[max(heard)].residual
     table = torch.zeros(len(heard), len(SHARES), dtype=torch.float64)
@@ -93,14 +96,26 @@ def _piece(path: DirectPath, promoted: Promoted, layer: int, here: Heard, final:
     with_it, without = _lens(path, here.residual), _lens(path, here.residual - here.written)
     most, least = (table[layer, :, 0].to(own.device) for table in (promoted.most, promoted.least))
     awake = here.neurons > 0
-    said = ((most == own[:, None]) & awake).any(1)
+    says = most == own[:, None]
+    said = (says & awake).any(1)
     size = here.neurons.abs().to(path.dtype) * promoted.norm[layer].to(path.dtype)
     ten = size.topk(min(10, size.shape[1]), dim=1).indices
     by_sign = torch.where(here.neurons.gather(1, ten) > 0, most[ten], least[ten])
     kept, taken = with_it == without, (with_it == own) & (with_it != without)
-    columns = [~said, ~(by_sign == own[:, None]).any(1), awake.double().mean(1), kept, taken, ~kept & ~taken]
+    dealt = _none_drawn(len(most), says.sum(1), awake.sum(1))
+    columns = [~said, dealt, ~(by_sign == own[:, None]).any(1), awake.double().mean(1), kept, taken, ~kept & ~taken]
     columns.append(with_it == final)
     return torch.stack([column.double().sum().cpu() for column in columns])
+
+
+def _none_drawn(size: int, marked: Tensor, drawn: Tensor) -> Tensor:
+    """Chance that none of `marked` [k] among `size` is in `drawn` [k] taken without putting back: [k] float64."""
+    marked, drawn = marked.double(), drawn.double()
+    rest = size - marked - drawn
+    whole = torch.full_like(rest, size)
+    ways = torch.lgamma(whole - marked + 1) + torch.lgamma(whole - drawn + 1)
+    ways = ways - torch.lgamma(rest.clamp_min(0) + 1) - torch.lgamma(whole + 1)
+    return torch.where(rest >= 0, ways.exp(), 0)
 
 
 def _lens(path: DirectPath, residual: Tensor) -> Tensor:

@@ -43,8 +43,8 @@ class FfnMemory:
         score = mean over the suffix of [y is among the tokens v promotes most] · w (e_y - ē)ᵀ (γ ⊙ v̂) / σ
 
     in logits above the vocabulary's mean, signed, the direct way only: what later layers make of it is left out. A
-    memory that says y counts, one that merely leans to it does not: fewer nats, but more of this suffix and less of
-    all text. One axis of passages.
+    memory that says y counts, one that merely leans to it does not: what is found carries less of the suffix than
+    direct attribution's best. One axis of passages.
 
     Attributes:
         counts: "agreeing", as above; or "all": without the bracket, plain direct attribution.
