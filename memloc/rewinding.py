@@ -191,8 +191,8 @@ def retrain(
 ) -> dict[str, dict[str, dict[str, float]]]:
     """Reset each group, train it alone on what `loss` says (clean examples only), and see what comes back.
 
-    Where the memorized returns although it is not trained on, the rest of the network held it, and the group was
-    redundant for it.
+    Where the memorized is there afterwards although it is not trained on, the rest of the network held it, and the
+    group was redundant for it. Compare with "reset": it may never have been gone.
 
     Returns:
         Group, then "reset" and "retrained", then figure.
