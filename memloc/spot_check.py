@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from memloc.costs import Cost
+from memloc.errors import InputError
 from memloc.passages import Passages
 from memloc.patched import Sweep
 from memloc.patching import Pair
@@ -124,7 +125,7 @@ class SpotCheck:
 
 
 def notes_of(found: list[Checked]) -> dict[str, Any]:
-    """The notes of a localization: see `memloc.localizers.attribution_patching`."""
+    """The notes of a localization, one value a passage, so that runs in parts join into the notes of one run."""
     notes: dict[str, Any] = {
         "verified_correlation": [entry.correlation for entry in found],
         "verified_estimate": [float(entry.estimate.sum()) for entry in found],
@@ -133,23 +134,64 @@ def notes_of(found: list[Checked]) -> dict[str, Any]:
         "joint_rest": [entry.joint[1] for entry in found],
         "joint_all": [entry.joint[2] for entry in found],
     }
-    looked = sum(len(entry.audited[0]) for entry in found)
-    if not looked:
-        return notes
-    hits = sum(int((entry.audited[1] > entry.exact.min()).sum()) for entry in found)
-    low, high = rate_interval(hits, looked)
-    errors = [gap for entry in found for gap in (entry.audited[0] - entry.audited[1]).abs().tolist()]
-    # Each audited place stands for all others of its passage.
-    mass = [value * entry.others for entry in found for value in entry.audited[1].clamp_min(0).tolist()]
-    ends = bootstrap_interval(mass) if looked > 1 else (None, None)
-    return notes | {
-        "audit_places": looked,
-        "audit_hits": hits,
-        "audit_share_low": low,
-        "audit_share_high": high,
-        "audit_error_mean": fmean(errors),
-        "missed": fmean(mass),
-        "missed_low": ends[0],
-        "missed_high": ends[1],
-        "found": fmean(float(entry.exact.clamp_min(0).sum()) for entry in found),
-    }
+    if any(len(entry.audited[0]) for entry in found):
+        notes |= {
+            "verified_least": [float(entry.exact.min()) for entry in found],
+            "verified_found": [float(entry.exact.clamp_min(0).sum()) for entry in found],
+            "audit_others": [entry.others for entry in found],
+            "audit_estimate": [entry.audited[0].tolist() for entry in found],
+            "audit_exact": [entry.audited[1].tolist() for entry in found],
+        }
+    return notes
+
+
+@dataclass(frozen=True)
+class Audit:
+    """What the places drawn at random say of all that were not verified; over all passages of a localization.
+
+    Attributes:
+        places: how many were looked at.
+        hits: how many have a larger exact effect than the least of their passage's verified ones.
+        share: 95 % interval of the share of such places; its upper end holds also where none was seen.
+        missed: sum of the positive exact effects of the places not verified, estimated, per passage.
+        interval: its 95 % bootstrap interval over the places looked at; it cannot see a tail that was never drawn.
+        found: sum of the positive exact effects of the verified ones, per passage.
+        error: mean |estimate - exact| of a place looked at.
+    """
+
+    places: int
+    hits: int
+    share: tuple[float, float]
+    missed: float
+    interval: tuple[float, float]
+    found: float
+    error: float
+
+    @classmethod
+    def of(cls, notes: Mapping[str, Any]) -> Audit:
+        """From the notes of a localization made with `audit`, whole or joined from parts.
+
+        Raises:
+            InputError: there was no audit.
+        """
+        if not any(notes.get("audit_exact", ())):
+            raise InputError("these notes hold no audit; localize with audit=N and verify=K")
+        keys = ("verified_least", "audit_others", "audit_estimate", "audit_exact")
+        rows = list(zip(*(notes[key] for key in keys), strict=True))
+        each = [
+            (least, others, one, two)
+            for least, others, line, exact in rows
+            for one, two in zip(line, exact, strict=True)
+        ]
+        hits = sum(two > least for least, _, _, two in each)
+        # Each place looked at stands for all others of its passage.
+        mass = [others * max(two, 0.0) for _, others, _, two in each]
+        return cls(
+            len(each),
+            hits,
+            rate_interval(hits, len(each)),
+            fmean(mass),
+            bootstrap_interval(mass),
+            fmean(notes["verified_found"]),
+            fmean(abs(one - two) for _, _, one, two in each),
+        )

@@ -47,10 +47,10 @@ class AttributionPatching:
     Notes, with `verify`, one value a passage: correlation of the estimates with the exact effects of the verified
     places ("verified_correlation", None below two places), their sums ("verified_estimate", "verified_exact"), and the
     exact effect of patching together the verified places, all others, and all ("joint_verified", "joint_rest",
-    "joint_all"). With `audit`, over all passages: places looked at, how many would have belonged among the verified
-    ("audit_hits"; the share's 95 % interval in "audit_share_low", "..._high"), mean |estimate - exact|, and the effect
-    missed per passage, that is the sum of the positive effects of all places not verified ("missed", with a bootstrap
-    interval over audited places, which cannot see a tail that was never drawn), beside "found", the verified ones'.
+    "joint_all"). With `audit`, also the audited places' estimates and exact effects ("audit_estimate", "audit_exact"),
+    of how many others they were drawn ("audit_others"), and the verified ones' least effect and sum of positive ones
+    ("verified_least", "verified_found"): `memloc.spot_check.Audit.of(notes)` turns these into an interval for the share
+    of places that should have been verified, and one for the effect that was missed.
 
     Attributes:
         grain: "neuron", "head", "component" (what `attn.out` or `mlp.out` puts out), "layer" (both), all at every
