@@ -69,7 +69,7 @@ def print_localization(found: Localization, terminal: Terminal, top: int, beside
 
 def _print_heads(found: Localization, terminal: Terminal, beside: Localization | None) -> None:
     """Layer by head, the controls' scores in brackets."""
-    from memloc.maps import head_map
+    from memloc.results.maps import head_map
 
     data = head_map(found, beside)
     rows = []
@@ -84,7 +84,7 @@ def _print_heads(found: Localization, terminal: Terminal, beside: Localization |
 
 def _print_positions(found: Localization, terminal: Terminal, top: int) -> None:
     """The best tokens of the first passages, by number: the text is not at hand here (see --out)."""
-    from memloc.maps import position_maps
+    from memloc.results.maps import position_maps
 
     rows = []
     for passage in position_maps(found):

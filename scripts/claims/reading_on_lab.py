@@ -24,9 +24,9 @@ import torch
 from memloc.localizers.attention_bypass import AttentionBypass
 from memloc.localizers.ffn_memory import FfnMemory
 from memloc.localizers.rare_token_heads import RareTokenHeads
-from memloc.outcomes import Outcome
 from memloc.passages import Passages, read_jsonl
-from memloc.rarity import spearman
+from memloc.reading.rarity import spearman
+from memloc.running.outcomes import Outcome
 from memloc.sites import Site
 from memloc.view import ModelView
 

@@ -30,7 +30,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from memloc.rewinding import Kept, gradient_accounting, retrain, rewind
+from memloc.rewinding.groups import Kept, gradient_accounting, retrain, rewind
 from memloc.truth.classification import Labelled, Trained, figures, long_tail, train, units_to_flip
 
 

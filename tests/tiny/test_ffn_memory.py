@@ -11,15 +11,15 @@ import zoo
 from torch import nn
 from torch.testing import assert_close
 
-from memloc import composition, promoted, triggers
 from memloc.batches import pad
-from memloc.composition import SHARES, Heard, chosen
 from memloc.errors import InputError, MismatchError, ModelError
 from memloc.localizers.ffn_memory import FfnMemory
 from memloc.passages import Passages
-from memloc.promoted import DirectPath, Promoted
+from memloc.reading import composition, promoted, triggers
+from memloc.reading.composition import SHARES, Heard, chosen
+from memloc.reading.promoted import DirectPath, Promoted
+from memloc.reading.triggers import Triggers, purity, read_triggers, shuffled
 from memloc.sites import OUTSIDE, Kind, Site
-from memloc.triggers import Triggers, purity, read_triggers, shuffled
 from memloc.truth.planted import plant
 from memloc.view import ModelView
 

@@ -12,13 +12,13 @@ import torch
 import zoo
 from torch.testing import assert_close
 
-from memloc.ablation import Ablation
+from memloc.ablations.ablation import Ablation
+from memloc.ablations.reference import Reference
 from memloc.errors import ArtifactError, InputError, MismatchError
 from memloc.localizers.random import Random
 from memloc.objectives import suffix_nll
 from memloc.passages import Passage, Passages
 from memloc.provenance import Provenance
-from memloc.reference import Reference
 from memloc.scores import Localization, Selection, selected
 from memloc.sites import Grain, Kind, Site
 from memloc.truth.deletion import DEL, Deletion, curve_area, drop, edit_distance, recited_by, state
