@@ -22,6 +22,7 @@ from memloc import hooks
 from memloc.architectures import Place, Row, row_for
 from memloc.batches import Batch, batches
 from memloc.errors import InputError, ModelError
+from memloc.lazy import method
 from memloc.loading import load
 from memloc.passages import Passages, decode
 from memloc.proof import prove_row
@@ -41,6 +42,9 @@ class ModelView:
     Raises:
         ModelError: a parameter is quantised, offloaded or not finite.
     """
+
+    __repr__ = method("memloc.notebook:plain")
+    _repr_html_ = method("memloc.notebook:html")
 
     def __init__(self, model: Any, row: Row, tokenizer: Any = None, name: str = "") -> None:
         self.model: Any = model.eval()
