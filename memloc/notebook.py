@@ -65,9 +65,8 @@ class Card:
 def html(thing: Any) -> str:
     """The card of one of memloc's types, as HTML. Cost: milliseconds, and about 0.1 s where there is a picture."""
     card = _card(thing)
-    colours = ";".join(f"{name}:{value}" for name, value in _COLOURS.items())
     head = f"<div><b>{text(card.title)}</b> {text(card.line)}</div>"
-    return f'<div style="{colours};{_CARD}">{head}{"".join(card.body())}</div>'
+    return f'<div style="{_colours()};{_CARD}">{head}{"".join(card.body())}</div>'
 
 
 def plain(thing: Any) -> str:
@@ -109,14 +108,36 @@ def quiet(sentence: str) -> str:
     return f'<div style="opacity:.7;font-size:92%">{text(sentence)}</div>'
 
 
-def picture(draw: Callable[[Axes], None], data: Any, caption: str, *, height: float = 1.9) -> str:
-    """A drawing; its ids come from `data`, so that two drawings on one page do not share any unless they are equal."""
-    drawn = plots.svg(draw, name="m" + digest_json(data)[:12], width=5.6, height=height)
+def picture(draw: Callable[[Axes], None], caption: str, *, width: float = 5.6, height: float = 1.9) -> str:
+    """A drawing and what it shows; two drawings on one page share no id unless they are equal."""
+    drawn = plots.svg(draw, name="drawing", width=width, height=height)
+    drawn = drawn.replace("drawing-", f"m{digest_json(drawn)[:12]}-")
     # matplotlib's own style sheet would speak to every drawing of the notebook.
     drawn = re.sub(r"<style.*?</style>", "", drawn, flags=re.DOTALL)
-    how = "max-width:36em;stroke-linejoin:round;stroke-linecap:butt"
+    how = f"max-width:{6.4 * width:.0f}em;stroke-linejoin:round;stroke-linecap:butt"
     drawn = drawn.replace("<svg", f'<svg role="img" aria-label="{text(caption)}" style="{how}"', 1)
     return f"<div>{drawn}</div>{quiet(caption)}"
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """Any function that draws on an axis, as something a notebook shows: `Drawing(lambda ax: plots.curve(ax, …))`.
+
+    Attributes:
+        draw: called with an empty axis.
+        caption: what it shows.
+        width: in inches.
+        height: in inches.
+    """
+
+    draw: Callable[[Axes], None]
+    caption: str
+    width: float = 5.6
+    height: float = 2.6
+
+    def _repr_html_(self) -> str:
+        drawn = picture(self.draw, self.caption, width=self.width, height=self.height)
+        return f'<div style="{_colours()}">{drawn}</div>'
 
 
 # -- one function a type ----------------------------------------------------------------------------------------------
@@ -195,7 +216,7 @@ def _localization(found: Localization) -> Card:
         profile = layer_profile(found)
         if len(profile["layers"]) > 1:
             said = "Share of the total absolute score held by each layer."
-            yield picture(lambda ax: plots.layer_bars(ax, profile), profile["layers"], said)
+            yield picture(lambda ax: plots.layer_bars(ax, profile), said)
         rows = [(str(site), index, number(score)) for site, index, score in _best(found)]
         said = "best places" if found.passages is None else "best places on average"
         yield table((said, "index", "score"), rows, of=found.count)
@@ -212,7 +233,7 @@ def _selection(chosen: Selection) -> Card:
         by_layer = chosen_by_layer(chosen)
         if len(by_layer) > 1:
             points = [{"x": layer, "y": count, "low": None, "high": None} for layer, count in by_layer.items()]
-            yield picture(lambda ax: plots.curve(ax, {"chosen": points}, x="layer", y="chosen", kind="bars"), points,
+            yield picture(lambda ax: plots.curve(ax, {"chosen": points}, x="layer", y="chosen", kind="bars"),
                           "How many are chosen in each layer.")  # fmt: skip
         sites = [(str(s), scalar(int(mask.sum())), scalar(mask.numel())) for s, mask in chosen.masks.items()]
         yield table(("site", "chosen", "of"), sites[:ROWS], of=len(sites))
@@ -292,6 +313,10 @@ _CARDS: Mapping[str, Callable[[Any], Card]] = {
 def _card(thing: Any) -> Card:
     name = next(entry.__name__ for entry in type(thing).__mro__ if entry.__name__ in _CARDS)
     return _CARDS[name](thing)
+
+
+def _colours() -> str:
+    return ";".join(f"{name}:{value}" for name, value in _COLOURS.items())
 
 
 # -- small words ------------------------------------------------------------------------------------------------------
