@@ -1,9 +1,9 @@
 # %% [markdown]
 # # Change one fact, and see what else moves
 #
-# A small model is trained here in a few seconds, on sentences about invented people. We ask it for the home town of one
-# of them, change the answer by the gentlest rank-one change of one matrix (ROME), and ask three things: is the new answer
-# given, is it given when the question is put in other words, and do other people keep their own answers?
+# A small model is trained here in a few seconds, on sentences about invented people. We ask it for the home town of
+# one of them, change the answer by the gentlest rank-one change of one matrix (ROME), and ask three things: is the new
+# answer given, is it given when the question is put in other words, and do other people keep their own answers?
 #
 # Run the cells from top to bottom. Nothing is downloaded; everything lands in `out/`.
 
