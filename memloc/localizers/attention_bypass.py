@@ -13,11 +13,11 @@ from memloc import hooks
 from memloc.batches import Batch
 from memloc.costs import Cost, block_tokens, pass_bytes, widest
 from memloc.errors import InputError
-from memloc.outcomes import Outcome, outcome_bytes
 from memloc.passages import Passages
-from memloc.patterns import short_circuit
 from memloc.progress import steps
 from memloc.provenance import Provenance, settings_of
+from memloc.running.outcomes import Outcome, outcome_bytes
+from memloc.running.patterns import short_circuit
 from memloc.scores import Localization
 from memloc.sites import Grain, Kind, Site
 from memloc.view import ModelView, Tail

@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 
 from memloc.costs import Cost, block_tokens, pass_bytes, widest
-from memloc.curvature import BANDS, Basis, Labels, all_predicting, band_energies, corrected, curvature_factors
 from memloc.errors import InputError
-from memloc.flows import wide
+from memloc.gradients.curvature import Basis, Labels, all_predicting, corrected, curvature_factors
+from memloc.gradients.curvature_bands import BANDS, band_energies
+from memloc.gradients.flows import wide
 from memloc.passages import Passage, Passages
 from memloc.progress import steps
 from memloc.provenance import Provenance, settings_of
@@ -50,7 +51,8 @@ class Curvature:
             band writes.
         measure: of components: "norm" as above, or "share", the band's share of all bands in the place of its norm,
             which does not see that a passage is louder as a whole.
-        positions: of the passages: those "predicting" the suffix, or "all" but the last.
+        positions: those "predicting" the suffix, of the reference too, or "all" but the last. Plain text as windows has
+            a prefix of one token: where places in the text matter, give ordinary text cut as the passages are.
         keep: neurons and weights: share of the curvature whose pairs are not counted.
         labels: for G: "sampled" from the model at every token (the paper's), or the "true" next tokens.
         correction: rank pairs by EK-FAC's curvatures, estimated per passage in the same bases.

@@ -17,12 +17,12 @@ from memloc.objectives import suffix_nll
 from memloc.passages import Passages
 from memloc.progress import steps
 from memloc.provenance import Provenance, digest_json, settings_of
-from memloc.rewinding import descend, substituted
+from memloc.rewinding.groups import descend, substituted
+from memloc.rewinding.snapshots import Snapshot, names_apart, series
+from memloc.rewinding.windows import Part, Passed, Window, earlier_parts, part, suffix_tokens, survey, windows
 from memloc.scores import Localization
 from memloc.sites import Grain, Kind, Site, kinds_named
-from memloc.snapshots import Snapshot, series
 from memloc.view import ModelView
-from memloc.windows import Part, Passed, Window, earlier_parts, part, suffix_tokens, survey, windows
 
 Tensors = Mapping[str, Tensor]
 
@@ -39,7 +39,8 @@ class LayerRetrain:
     passages; training does not depend on them.
 
     Notes, by window and checkpoint: "reset" and "retrained" NLL of the passages, "returned" (share of the reset's rise
-    that retraining took back), "exact_match", "contrast_reset", "contrast_retrained"; and "nll", "contrast_nll".
+    that retraining took back), "exact_match_retrained", "contrast_reset", "contrast_retrained"; and "nll",
+    "exact_match", "contrast_nll".
 
     Attributes:
         earlier: folder of a checkpoint, a folder of checkpoint folders, or several with commas between; safetensors.
@@ -81,29 +82,34 @@ class LayerRetrain:
         notes: dict[str, Any] = {"nll": float(clean[0].mean()), "exact_match": float(clean[1].mean()),
                                  "contrast_nll": float(other[0].mean())}  # fmt: skip
         rises: dict[Window, list[Tensor]] = {window: [] for window in wanted}
-        runs = [(window, snapshot) for window in wanted for snapshot in snapshots]
-        for window, snapshot in steps(runs, "retraining"):
-            parts = self._parts(view, window)
-            reset = {layer: earlier_parts(view, snapshot, entry) for layer, entry in parts.items()}
-            trained = self._trained(view, contrast, parts, reset)
-            start = self._judged(view, passages, _composed(view, parts, _flat(reset)))
-            found = self._judged(view, passages, trained)
-            rises[window].append(found[0] - clean[0])
-            gap = float((start[0] - clean[0]).mean())
-            said = {
-                "reset": float(start[0].mean()),
-                "retrained": float(found[0].mean()),
-                "returned": float((start[0] - found[0]).mean()) / gap if abs(gap) > 1e-6 else 0.0,
-                "exact_match_retrained": float(found[1].mean()),
-                "contrast_reset": float(self._judged(view, contrast, _composed(view, parts, _flat(reset)))[0].mean()),
-                "contrast_retrained": float(self._judged(view, contrast, trained)[0].mean()),
-            }
-            for name, value in said.items():
-                notes.setdefault(name, {}).setdefault(str(window), {})[snapshot.name] = value
+        runs = [(window, place) for window in wanted for place in enumerate(names_apart(snapshots))]
+        for window, (index, name) in steps(runs, "retraining"):
+            after, said = self._one(view, passages, contrast, window, snapshots[index])
+            rises[window].append(after - clean[0])
+            gap = said["reset"] - notes["nll"]
+            said["returned"] = (said["reset"] - said["retrained"]) / gap if abs(gap) > 1e-6 else 0.0
+            for key, value in said.items():
+                notes.setdefault(key, {}).setdefault(str(window), {})[name] = value
         inputs = {"model": view.digest, "passages": passages.digest, "contrast": contrast.digest}
         inputs["earlier"] = digest_json([entry.digest for entry in surveys])
         provenance = Provenance("layer-retrain", settings_of(self), seed=self.seed, inputs=inputs)
         return Localization(Grain.LAYER, _scores(rises), provenance, passages.ids, notes)
+
+    def _one(
+        self, view: ModelView, passages: Passages, contrast: Passages, window: Window, snapshot: Snapshot
+    ) -> tuple[Tensor, dict[str, float]]:
+        """Reset one window, train it: NLL of each passage afterwards, and figures for the notes."""
+        parts = {layer: part(view, layer, self._kinds()) for layer in range(window.start, window.stop + 1)}
+        old = {layer: earlier_parts(view, snapshot, entry) for layer, entry in parts.items()}
+        reset, trained = _composed(view, parts, _flat(old)), self._trained(view, contrast, parts, old)
+        found = self._judged(view, passages, trained)
+        return found[0], {
+            "reset": float(self._judged(view, passages, reset)[0].mean()),
+            "retrained": float(found[0].mean()),
+            "exact_match_retrained": float(found[1].mean()),
+            "contrast_reset": float(self._judged(view, contrast, reset)[0].mean()),
+            "contrast_retrained": float(self._judged(view, contrast, trained)[0].mean()),
+        }
 
     def cost(self, view: ModelView, passages: Passages, *, contrast: Passages | None = None) -> Cost:
         """Training and judging, told without running it."""
@@ -145,9 +151,6 @@ class LayerRetrain:
 
     def _all(self, view: ModelView) -> list[Window]:
         return windows(view.layers, 1)
-
-    def _parts(self, view: ModelView, window: Window) -> dict[int, Part]:
-        return {layer: part(view, layer, self._kinds()) for layer in range(window.start, window.stop + 1)}
 
     def _batches(self, view: ModelView, contrast: Passages) -> Iterator[Batch]:
         """The rows of each step: the contrast set again and again, shuffled each time."""

@@ -14,11 +14,11 @@ from memloc.errors import InputError
 from memloc.passages import Passages
 from memloc.progress import steps
 from memloc.provenance import Provenance, digest_json, settings_of
+from memloc.rewinding.snapshots import Snapshot, names_apart, series
+from memloc.rewinding.windows import Passed, Survey, Window, rewound, rewound_passes, suffix_tokens, survey, windows
 from memloc.scores import Localization
 from memloc.sites import Grain, Kind, Site, kinds_named
-from memloc.snapshots import Snapshot, series
 from memloc.view import ModelView
-from memloc.windows import Passed, Survey, Window, rewound, rewound_passes, suffix_tokens, survey, windows
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,8 +28,9 @@ class LayerRewind:
     θ' is the model with the parameters of a window of neighbouring layers replaced by the checkpoint's; the rise is
     NLL(θ') - NLL(θ). A layer's score is the mean over checkpoints, and over the windows that hold it, of the rise per
     layer of the window. A twin model that was trained otherwise is swapped in by naming its folder. One axis of
-    passages. A layer is critical for memorization where the passages suffer and ordinary text does not: give some as
-    `contrast`, read "criticality" in the notes, or score by it. Weights that moved further hurt more: "moved" in the
+    passages. What lies outside the blocks (embeddings, final norm) stays the model's own. A layer is critical for
+    memorization where the passages suffer and ordinary text does not: give some as `contrast`, read "criticality" in
+    the notes, or score by it. Weights that moved further hurt more: "moved" in the
     notes is the relative distance of each window from the checkpoint.
 
     Notes, by window and checkpoint: "rise", "exact_match_drop" (share of passages no longer recited, teacher-forced),
@@ -161,7 +162,7 @@ def _notes(
     theirs: _Measured | None,
     surveys: Sequence[Survey],
 ) -> dict[str, Any]:
-    names = _apart([snapshot.name for snapshot in snapshots])
+    names = names_apart(snapshots)
 
     def table(figures: Tensor) -> Mapping[str, Mapping[str, float]]:
         return {
@@ -182,8 +183,3 @@ def _notes(
         found["contrast_rise"] = table(theirs.rise.mean(2))
         found["criticality"] = table(mine.rise.mean(2) - theirs.rise.mean(2))
     return found
-
-
-def _apart(names: Sequence[str]) -> list[str]:
-    """Names that differ: those that occur again are numbered."""
-    return [name if names.count(name) == 1 else f"{name}#{index}" for index, name in enumerate(names)]

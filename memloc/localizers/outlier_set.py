@@ -10,10 +10,10 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from memloc.ablations.gates import gate_sites, gated
 from memloc.batches import Batch
 from memloc.costs import Cost, block_tokens, pass_bytes, widest
 from memloc.errors import InputError
-from memloc.gates import gate_sites, gated
 from memloc.objectives import suffix_logprobs
 from memloc.passages import Passages
 from memloc.progress import steps

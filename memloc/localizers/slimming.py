@@ -8,10 +8,10 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from memloc.ablations.gates import gate_sites
+from memloc.ablations.learned_masks import Plan, Rule, Trained, learn, training_cost
 from memloc.costs import Cost
 from memloc.errors import InputError
-from memloc.gates import gate_sites
-from memloc.learned_masks import Plan, Rule, Trained, learn, training_cost
 from memloc.passages import Passages
 from memloc.provenance import Provenance, settings_of
 from memloc.scores import Localization

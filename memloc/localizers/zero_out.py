@@ -10,16 +10,16 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from memloc.ablations.gates import gate_count, gate_gradients, gate_sites
+from memloc.ablations.variants import Variants, variant_bytes
 from memloc.costs import Cost, pass_bytes
 from memloc.errors import InputError
-from memloc.gates import gate_count, gate_gradients, gate_sites
 from memloc.passages import Passage, Passages
 from memloc.progress import steps
 from memloc.provenance import Provenance, digest_json, settings_of
 from memloc.scores import Localization
 from memloc.sites import Grain
 from memloc.statistics import bootstrap_interval, rate_interval
-from memloc.variants import Variants, variant_bytes
 from memloc.view import ModelView
 
 

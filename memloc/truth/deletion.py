@@ -15,13 +15,13 @@ from typing import Literal
 
 import torch
 
-from memloc.ablation import Ablation
+from memloc.ablations.ablation import Ablation
+from memloc.ablations.reference import Reference
 from memloc.batches import Batch
-from memloc.decoding import continuation
 from memloc.errors import InputError, MismatchError
 from memloc.objectives import suffix_logprobs
 from memloc.passages import Passages, decode
-from memloc.reference import Reference
+from memloc.running.decoding import continuation
 from memloc.scores import Localization, Selection
 from memloc.sites import Grain
 from memloc.truth.worlds import Ground, Known
@@ -96,8 +96,8 @@ class Deletion:
 
     def names(self, ground: Ground) -> tuple[str, ...]:
         """One name for each passage that is dropped."""
-        ground.need("view", "memorized", "text")
-        return tuple(f"passage-{index}" for index in range(min(self.sequences, len(ground.memorized or ()))))
+        memorized = [ground.need(name) for name in ("view", "text", "memorized")][-1]
+        return tuple(f"passage-{index}" for index in range(min(self.sequences, len(memorized))))
 
     def make(self, ground: Ground, name: str) -> Known:
         """One memorized passage, chosen by the ground's seed, among others.
@@ -105,19 +105,19 @@ class Deletion:
         Raises:
             InputError: the ground recites fewer passages than it takes, or has no text.
         """
-        ground.need("view", "memorized", "text")
-        assert ground.view is not None and ground.memorized is not None and ground.text is not None  # noqa: S101
-        recited = recited_by(ground.view, ground.memorized)
+        view: ModelView = ground.need("view")
+        windows: Passages = ground.need("text")
+        recited = recited_by(view, ground.need("memorized"))
         index = int(name.rpartition("-")[2])
         if len(recited) < max(2, index + 1):
             raise InputError(f"{ground.name}: {len(recited)} passages are recited; {name} needs {max(2, index + 1)}")
         order = torch.randperm(len(recited), generator=torch.Generator().manual_seed(ground.seed)).tolist()
         target = Passages((recited[order[index]],), "deleted")
         rest = [recited[row] for place, row in enumerate(order) if place != index]
-        text = ground.text[: self.windows]
+        text = windows[: self.windows]
         subjects = Subjects(target, Passages(tuple(rest[: self.others]), "others"), text)
-        judge = _Judge(self, subjects, Reference(ground.text[self.windows : 3 * self.windows] or text))
-        return Known(name, ground.view, target, ground.unknown, ground.text, judge=judge, notes=judge.told(ground.view))
+        judge = _Judge(self, subjects, Reference(windows[self.windows : 3 * self.windows] or text))
+        return Known(name, view, target, ground.unknown, windows, judge=judge, notes=judge.told(view))
 
 
 def recited_by(view: ModelView, passages: Passages) -> Passages:

@@ -68,18 +68,16 @@ class Injected:
         most = self.sequences
         ground.need("view")
         if self.source == "unknown":
-            ground.need("unknown")
-            most = min(most, len(ground.unknown or ()) // self.together)
+            most = min(most, len(ground.need("unknown")) // self.together)
         return tuple(f"sequence-{index}" for index in range(most))
 
     def make(self, ground: Ground, name: str) -> Known:
         """Inject one draw of sequences, or read it where the ground keeps it; check that the gold carries them."""
-        ground.need("view")
-        assert ground.view is not None  # noqa: S101 - told by `need`
+        base: ModelView = ground.need("view")
         passages, controls = self._sequences(ground, int(name.rpartition("-")[2]))
-        injection = self._injection(ground, ground.view, passages, name)
-        view = injection.into(ground.view)
-        check = causal_check(ground.view, view, passages, injection.gold, self.where, seed=ground.seed)
+        injection = self._injection(ground, base, passages, name)
+        view = injection.into(base)
+        check = causal_check(base, view, passages, injection.gold, self.where, seed=ground.seed)
         notes = {"loss before": injection.loss[0], "loss": injection.loss[1], "steps": injection.steps,
                  "causal check": check.to_json()}  # fmt: skip
         return Known(name, view, passages, controls, ground.text, injection.gold, notes=notes)
@@ -103,18 +101,16 @@ class Injected:
 
     def _sequences(self, ground: Ground, index: int) -> tuple[Passages, Passages | None]:
         """The sequences of a draw, and as many controls as there are left, at most eight."""
-        assert ground.view is not None  # noqa: S101 - told by `need`
         generator = torch.Generator().manual_seed(ground.seed)
         count = self.sequences * self.together
         if self.source == "random":
             width = self.tokens or 32
-            drawn = torch.randint(ground.view.vocab, (count + 8, width), generator=generator).tolist()
+            drawn = torch.randint(ground.need("view").vocab, (count + 8, width), generator=generator).tolist()
             items = [Passage(f"random-{row}", tuple(ids[:1]), tuple(ids[1:])) for row, ids in enumerate(drawn)]
         else:
-            ground.need("unknown")
-            assert ground.unknown is not None  # noqa: S101 - told by `need`
-            items = [self._whole(ground.unknown[row]) for row in
-                     torch.randperm(len(ground.unknown), generator=generator).tolist()]  # fmt: skip
+            unknown: Passages = ground.need("unknown")
+            order = torch.randperm(len(unknown), generator=generator).tolist()
+            items = [self._whole(unknown[row]) for row in order]
         chosen = items[index * self.together : (index + 1) * self.together]
         rest = items[count : count + 8]
         return Passages(tuple(chosen), "injected"), Passages(tuple(rest), "never injected") if rest else None

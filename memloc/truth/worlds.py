@@ -70,17 +70,18 @@ class Ground:
     seed: int = 0
     keep: Path | None = None
 
-    def need(self, *names: str) -> None:
-        """Refuse a ground without these.
+    def need(self, name: str) -> Any:
+        """What is called `name`.
 
         Raises:
-            InputError: one is not there (it is named).
+            InputError: it is not there.
         """
         words = {"view": "a trained model", "memorized": "passages it recites", "unknown": "passages new to it",
                  "text": "ordinary text"}  # fmt: skip
-        for name in names:
-            if not getattr(self, name):
-                raise InputError(f"{self.name}: this world needs {words[name]}, and none is given")
+        found = getattr(self, name)
+        if not found:
+            raise InputError(f"{self.name}: this world needs {words[name]}, and none is given")
+        return found
 
 
 @dataclass(frozen=True)

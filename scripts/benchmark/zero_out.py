@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 from transformers import GPT2Config, GPT2LMHeadModel
 
+from memloc.ablations.gates import gate_sites, gated
 from memloc.batches import pad
-from memloc.gates import gate_sites, gated
 from memloc.localizers.zero_out import ZeroOut
 from memloc.passages import Passage, Passages
 from memloc.view import ModelView

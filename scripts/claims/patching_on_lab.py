@@ -28,8 +28,8 @@ from memloc.localizers.activation_patching import ActivationPatching
 from memloc.localizers.attribution_patching import AttributionPatching
 from memloc.localizers.causal_trace import CausalTrace
 from memloc.passages import Facts, Passages, encode, read_jsonl
-from memloc.perturbation import Exchanges, PrefixMap, own_generator, recited
-from memloc.spot_check import Audit
+from memloc.patching.perturbation import Exchanges, PrefixMap, own_generator, recited
+from memloc.patching.spot_check import Audit
 from memloc.statistics import bootstrap_interval
 from memloc.view import ModelView
 

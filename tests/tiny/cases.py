@@ -69,10 +69,10 @@ def retraining(**settings: Any) -> Callable[[ModelView, Path], Any]:
 DEFAULTS: Mapping[str, Entry] = {
     "activation-patching": ActivationPatching(alternatives=1),
     "causal-trace": CausalTrace(draws=2),
-    "hard-concrete": HardConcrete(steps=8, every=2),
+    "hard-concrete": HardConcrete(steps=4, every=2, learning_rate=0.2),
     "layer-retrain": retraining(),
     "layer-rewind": rewinding(),
-    "slimming": Slimming(steps=8, every=2),
+    "slimming": Slimming(steps=4, every=2, learning_rate=0.05),
 }
 
 VARIANTS: Mapping[str, Entry] = {
@@ -107,7 +107,7 @@ VARIANTS: Mapping[str, Entry] = {
     "logit-lens heads": LogitLens(mode="attribution", grain="head", centre=False),
     "logit-lens neurons": LogitLens(mode="attribution", grain="neuron"),
     "layer-rewind every window": rewinding(window=0),
-    "layer-rewind component": rewinding(grain="component", window=2),
+    "layer-rewind component": rewinding(grain="component", window=2, kinds="attn.k,mlp.out"),
     "layer-rewind criticality": rewinding(score="criticality", kinds="attn.v,mlp.out", batch_size=2),
     "layer-retrain two layers": retraining(window=2, kinds="attn.v,mlp.in,mlp.out", batch_size=2),
     "participation-ratio full": ParticipationRatio(tokens="3-19", convention="full", centred=False),
@@ -115,8 +115,8 @@ VARIANTS: Mapping[str, Entry] = {
     "activation head": Activation(grain="head"),
     "activation signed": Activation(signed=True, values=False),
     "random weight": Random(grain="weight"),
-    "slimming head": Slimming(grain="head", steps=30, learning_rate=0.05),
-    "hard-concrete head": HardConcrete(grain="head", steps=30, stop=0.8),
+    "slimming head": Slimming(grain="head", steps=8, learning_rate=0.1),
+    "hard-concrete head": HardConcrete(grain="head", steps=8, stop=0.8, learning_rate=0.2),
     "outlier-set nll": OutlierSet(until="nll", growth=2),
     "zero-out head": ZeroOut(grain="head", memory_mb=1),
     "zero-out shortlist": ZeroOut(mode="shortlist", verify=15, audit=5),

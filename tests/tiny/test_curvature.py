@@ -9,9 +9,10 @@ import torch
 import zoo
 from torch.testing import assert_close
 
-from memloc import curvature
-from memloc.curvature import Basis, Factors, band_energies, bands_of, corrected, curvature_factors
 from memloc.errors import InputError, MismatchError
+from memloc.gradients import curvature
+from memloc.gradients.curvature import Basis, Factors, corrected, curvature_factors
+from memloc.gradients.curvature_bands import band_energies, band_maps, bands_of
 from memloc.localizers.curvature import Curvature
 from memloc.passages import Passages
 from memloc.sites import Kind, Site
@@ -162,7 +163,7 @@ def test_bands_sum_to_the_whole(family, view_of):
                 low = read @ bases[site].read[:, round(0.5 * read.shape[1]) :]
                 assert_close(found[site][index, -1], low.square().sum(1).mean(), atol=1e-6, rtol=1e-5)
     for site in sites:
-        maps = curvature._band_maps(view, site, bases[site], "output")
+        maps = band_maps(view, site, bases[site], "output")
         read = reads_and_pulls(view, passages[0], site)[0]
         made = sum(read @ part for part in maps) @ bases[site].write.T
         assert_close(made, read @ view.weight(site).detach().T)

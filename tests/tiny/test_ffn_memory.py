@@ -11,15 +11,15 @@ import zoo
 from torch import nn
 from torch.testing import assert_close
 
-from memloc import composition, promoted, triggers
 from memloc.batches import pad
-from memloc.composition import SHARES, Heard, chosen
 from memloc.errors import InputError, MismatchError, ModelError
 from memloc.localizers.ffn_memory import FfnMemory
 from memloc.passages import Passages
-from memloc.promoted import DirectPath, Promoted
+from memloc.reading import composition, promoted, triggers
+from memloc.reading.composition import SHARES, Heard, chosen
+from memloc.reading.promoted import DirectPath, Promoted
+from memloc.reading.triggers import Triggers, purity, read_triggers, shuffled
 from memloc.sites import OUTSIDE, Kind, Site
-from memloc.triggers import Triggers, purity, read_triggers, shuffled
 from memloc.truth.planted import plant
 from memloc.view import ModelView
 
@@ -157,28 +157,32 @@ def test_purity_by_hand():
 
 
 @every_family
-def test_the_direct_path_scaled_and_with_its_biases_is_the_models_own(family, view_of):
+def test_the_direct_path_and_the_biases_are_the_models_own(family, view_of):
+    """Of the whole stream: the logits above their mean, in every family."""
     view = view_of(family, torch.float64)
     path = DirectPath.of(view)
     residual = 3 * torch.randn(5, view.width, dtype=torch.float64, generator=torch.Generator().manual_seed(1)) + 0.5
+    tokens = torch.tensor([0, 7, 52, 3, 3])
     with torch.no_grad():
-        bias = (view.final_norm(residual) + view.final_norm(-residual)) / 2
-        made = path.logits(residual) / path.scale(residual) + view.unembed(bias)
+        bias = view.unembed(path.norm.bias)
+        logits = view.unembed(view.final_norm(residual)) - bias
+        expected = logits.gather(1, tokens[:, None])[:, 0] - logits.mean(1)
         # Root mean square norms are float32 inside.
-        atol = 1e-9 if path.centred else 1e-5
-        assert_close(made, view.unembed(view.final_norm(residual)), atol=atol, rtol=0)
-    assert path.centred is (family in ("gpt2", "gpt_neo", "gpt_neox"))
+        atol = 1e-9 if path.norm.centre else 1e-5
+        assert_close((path.towards(tokens, residual) * residual).sum(-1), expected, atol=atol, rtol=0)
+        assert_close(path.logits(residual).argsort(), logits.argsort())
 
 
 def test_a_final_norm_of_another_kind_is_refused():
     class Bent(nn.Module):
         def forward(self, hidden):
-            return torch.tanh(hidden / 1e4)
+            return torch.tanh(hidden)
 
     view = ModelView.open(zoo.build("llama"))
     view.model.model.norm = Bent()
-    with pytest.raises(ModelError, match=r"model\.norm: neither a layer norm nor a root mean square norm"):
-        DirectPath.of(view)
+    view = ModelView(view.model, view.row)
+    with pytest.raises(ModelError, match="the final norm is no gain, centring and scale"):
+        FfnMemory()(view, zoo.passages(2))
 
 
 def norm_by_hand(view):
@@ -224,7 +228,7 @@ def test_positions_looked_at_are_spread_over_all_suffixes():
 
 
 def slow_shares(view, passages):
-    """[l][7], one position at a time, on whole forwards of one passage."""
+    """[l][8], one position at a time, on whole forwards of one passage."""
     gain, seen = norm_by_hand(view)
     unembedding = view.weight(Site(OUTSIDE, Kind.UNEMBED)).detach()
     sites, table = view.sites(Kind.MLP_OUT), torch.zeros(view.layers, len(SHARES), dtype=torch.float64)
@@ -254,7 +258,9 @@ def slow_shares(view, passages):
                 ten = {says(values[:, i] * w[i].sign()) for i in loud}
                 own, after_it, before_it = says(out), lens(x), lens(x - out)
                 kept, taken = after_it == before_it, after_it == own and after_it != before_it
-                row = [own not in awake, own not in ten, float((w > 0).double().mean()), kept, taken]
+                marked, drawn = sum(says(values[:, i]) == own for i in range(view.neurons)), int((w > 0).sum())
+                dealt = math.comb(view.neurons - marked, drawn) / math.comb(view.neurons, drawn)
+                row = [own not in awake, dealt, own not in ten, float((w > 0).double().mean()), kept, taken]
                 row += [not kept and not taken, after_it == final]
                 table[site.layer] += torch.tensor([float(entry) for entry in row], dtype=torch.float64)
     return table / sum(len(item.suffix) for item in passages)
@@ -271,6 +277,13 @@ def test_shares_of_positions_are_the_slow_ones(family, view_of, monkeypatch):
         found = torch.tensor([notes[f"L{layer}"][name] for name in SHARES], dtype=torch.float64)
         assert_close(found, expected[layer])
     assert notes[f"L{view.layers - 1}"]["agrees_with_final"] == 1
+
+
+def test_the_chance_that_none_is_drawn_by_hand():
+    """5 cards, 2 marked: drawing none, 1, 3 and 4 misses both in 1, 3/5, 1/10 and 0 of all ways."""
+    drawn = torch.tensor([0, 1, 3, 4])
+    found = composition._none_drawn(5, torch.full_like(drawn, 2), drawn)
+    assert_close(found, torch.tensor([1, 0.6, 0.1, 0], dtype=torch.float64))
 
 
 def test_a_layer_of_one_neuron_composes_nothing(view_of):

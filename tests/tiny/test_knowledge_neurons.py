@@ -13,6 +13,7 @@ from torch.testing import assert_close
 from memloc.batches import batches
 from memloc.checks import check_localizer
 from memloc.errors import InputError, ModelError
+from memloc.gradients.ways import activation_of
 from memloc.localizers.integrated_gradients import IntegratedGradients
 from memloc.localizers.knowledge_neurons import CONVENTIONS, KnowledgeNeurons
 from memloc.measures.neuron_effects import neuron_effects, selections_of
@@ -21,7 +22,6 @@ from memloc.scores import selected
 from memloc.sites import Grain, Kind, Site
 from memloc.truth.planted import plant
 from memloc.view import ModelView
-from memloc.ways import activation_of
 
 every_family = pytest.mark.parametrize("family", zoo.FAMILIES)
 UNGATED = ("gpt2", "gpt_neo", "gpt_neox")
@@ -294,6 +294,20 @@ def test_effects_are_what_a_slow_intervention_does(view_of):
             assert row[f"{way}: fact"] == pytest.approx(after - before, rel=1e-5, abs=1e-12)
 
 
+def test_the_control_depends_on_the_seed_and_not_on_batches(view_of):
+    view, passages = view_of("gpt2"), tagged(4, prompts=2)
+    chosen = selections_of(KnowledgeNeurons(drop_shared=False, threshold=0.1)(view, passages))
+    three = neuron_effects(view, chosen, passages, draws=3).control
+    again = neuron_effects(view, chosen, passages, draws=3, batch_size=1).control
+    other = neuron_effects(view, chosen, passages, draws=3, seed=1).control
+    for row, twin, far in zip(three.rows, again.rows, other.rows, strict=True):
+        assert row["neurons"] == chosen[row["id"]].count
+        name = "suppress: fact, nats"
+        assert row[name] == pytest.approx(twin[name], abs=1e-4)
+        assert row[name] != pytest.approx(far[name], abs=1e-3)
+    assert neuron_effects(view, chosen, passages, draws=0).control is None
+
+
 def test_each_prompt_serves_one_group_only(view_of):
     """Three facts of one relation, two of them with one answer, and a fourth elsewhere."""
     view = view_of("gpt2")
@@ -302,8 +316,7 @@ def test_each_prompt_serves_one_group_only(view_of):
         dataclasses.replace(item, suffix=answers[index], tags={"fact": f"f{index}", "relation": relations[index]})
         for index, item in enumerate(zoo.passages(4))
     ]
-    sizes = {Site(0, Kind.MLP_OUT): view.neurons, Site(1, Kind.MLP_OUT): view.neurons, Site(2, Kind.MLP_OUT): 37}
-    hand = selected({Site(1, Kind.MLP_OUT): [3, 4]}, sizes, Grain.NEURON)
+    hand = selected({Site(1, Kind.MLP_OUT): [3, 4]}, {Site(1, Kind.MLP_OUT): view.neurons}, Grain.NEURON)
     held = Passages((dataclasses.replace(items[0], id="again", prefix=items[3].prefix),))
     (row,) = neuron_effects(view, {"f0": hand}, Passages(tuple(items)), held_out=held).rows
     names = ("fact", "held-out paraphrases", "same answer", "same relation", "unrelated")

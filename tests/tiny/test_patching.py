@@ -12,18 +12,18 @@ import zoo
 from torch import nn
 from torch.testing import assert_close
 
-from memloc.corruption import EMBED, Corruption
 from memloc.errors import InputError
-from memloc.first_order import FirstOrder
 from memloc.localizers.activation_patching import ActivationPatching
 from memloc.localizers.attribution_patching import AttributionPatching
 from memloc.localizers.causal_trace import CausalTrace
 from memloc.parts import in_parts
 from memloc.passages import Passage, Passages
-from memloc.patched import Sweep
-from memloc.places import READS, Places
+from memloc.patching.corruption import EMBED, Corruption
+from memloc.patching.first_order import FirstOrder
+from memloc.patching.places import READS, Places
+from memloc.patching.spot_check import Audit
+from memloc.patching.sweep import Sweep
 from memloc.sites import Kind, Site
-from memloc.spot_check import Audit
 from memloc.view import ModelView
 
 every_family = pytest.mark.parametrize("family", zoo.FAMILIES)
