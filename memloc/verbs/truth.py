@@ -129,7 +129,13 @@ def _grounds(arguments: argparse.Namespace, terminal: Terminal) -> Iterator[Grou
     if arguments.lab:
         yield from (_ground(_lab(arguments, seed, terminal), seed, arguments) for seed in seeds)
     elif arguments.model:
-        yield from (_ground(Path(model), seed, arguments) for model in arguments.model for seed in seeds)
+        models = list(dict.fromkeys(Path(model) for model in arguments.model))
+        alike = len({model.name for model in models}) < len(models)
+        for model in models:
+            for seed in seeds:
+                found = _ground(model, seed, arguments)
+                # Two folders of one name are two models.
+                yield dataclasses.replace(found, name=str(model).replace("/", "+")) if alike else found
     else:
         yield from (Ground("no model", seed=seed) for seed in seeds)
 
