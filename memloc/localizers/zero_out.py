@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -63,6 +63,7 @@ class ZeroOut:
     audit: int = 100
     seed: int = 0
     memory_mb: int = 64
+    in_parts: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if min(self.verify, self.memory_mb) < 1 or self.audit < 2:
