@@ -300,7 +300,8 @@ def test_joint_selection_beside_single_scores_and_random_order(tiny_lab, command
     assert last["joint"] > last["random"]
     assert made["curves"][0]["joint"] == pytest.approx(made["curves"][0]["random"])
     assert command("show", "j.safetensors")[0] == 0
-    fails(command, "localize", "weight-gradient", *given[:-1], says="components")
+    code, _, err = command("localize", "weight-gradient", *given[:-1])
+    assert (code, err) == (2, "memloc: components have no gates; expected neurons or heads\n")
 
 
 def test_bad_input_to_comparing_and_testing(tiny_lab, command):
