@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from memloc import store
 from memloc.command import common, out
 from memloc.errors import InputError
 from memloc.terminal import Terminal
@@ -53,6 +54,7 @@ def run(arguments: argparse.Namespace, terminal: Terminal) -> None:
         raise InputError(f"--seeds {arguments.seeds}: expected at least 1")
     if arguments.model and arguments.lab:
         raise InputError("--model and --lab both say what is judged on; give one")
+    store.check_target(arguments.out / "table.json")
     found = trials.run(worlds, _grounds(arguments, terminal), methods, arguments.out, settings=settings)
     made = table.Table.of(found, {name: world.headline for name, world in worlds.items()})
     made.write(arguments.out)

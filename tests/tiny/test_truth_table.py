@@ -240,6 +240,12 @@ def test_what_cannot_be_judged_is_told_in_one_line(flags, line, tmp_path, capsys
     assert line in said.err and said.err.count("\n") == 1 and said.out == ""
 
 
+def test_results_that_cannot_be_written_are_told_before_anything_is_judged(tmp_path, capsys, calls):
+    (tmp_path / "file").write_text("here")
+    assert main(["truth", "--worlds", "planted", "--out", str(tmp_path / "file")]) == 2
+    assert "cannot be written" in capsys.readouterr().err and not calls
+
+
 def test_two_folders_of_one_name_are_two_models(tmp_path, view_of):
     for seed, part in enumerate(("one", "two")):
         zoo.build("gpt2", seed=seed).save_pretrained(tmp_path / part / "model")
