@@ -21,7 +21,7 @@ FLOORS: tuple[str, ...] = (
     "memloc memloc.errors memloc.hooks memloc.progress memloc.statistics",
     "memloc.flags memloc.provenance memloc.registry memloc.sites memloc.store memloc.terminal",
     "memloc.architectures memloc.measurement memloc.methods memloc.passages memloc.scores",
-    "memloc.batches memloc.loading memloc.results",
+    "memloc.batches memloc.formats memloc.loading memloc.results",
     "memloc.plots memloc.proof",
     "memloc.report memloc.view",
     "memloc.command memloc.costs memloc.lab memloc.moments memloc.objectives memloc.parts memloc.reading",
