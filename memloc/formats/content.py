@@ -78,14 +78,15 @@ class Content:
         return self.keys.issuperset(keys)
 
     def described(self) -> str:
-        """What was seen, in a few words."""
+        """What was seen first, and where, in a few words."""
         if self.matrix is not None:
-            return f"{self.container} with {self.matrix.dtype} of shape {list(self.matrix.shape)}"
+            return f"{self.path}: found a matrix of {self.matrix.dtype}, {list(self.matrix.shape)}"
         if self.container == "text":
-            return f"text of {len(self.text)} characters"
+            return f"{self.path}: found text of {len(self.text)} characters"
+        where = f"{self.path}, {self.rows[0][0]}: found"
         if isinstance(self.first, Mapping):
-            return f"{self.container} whose first record has the keys {', '.join(sorted(self.keys)) or '(none)'}"
-        return f"{self.container} whose first record is a {type(self.first).__name__}"
+            return f"{where} keys {', '.join(sorted(self.keys)) or 'none'}"
+        return f"{where} {type(self.first).__name__}"
 
 
 def open_content(path: str | Path) -> Content:
@@ -104,7 +105,7 @@ def open_content(path: str | Path) -> Content:
         why = "no such file" if isinstance(error, FileNotFoundError) else (error.strerror or str(error))
         raise InputError(f"{path}: {why}") from error
     if not size:
-        raise InputError(f"{path}: empty; expected at least one record")
+        raise InputError(f"{path}: empty, no record in it")
     for magic, reader in MAGIC.items():
         if head.startswith(magic):
             return reader(path)
@@ -224,7 +225,7 @@ def _textual(path: Path) -> Content:
         raise InputError(f"{path}: not UTF-8 at byte {error.start}, and no array or tensor either") from error
     bare = text.lstrip()
     if not bare:
-        raise InputError(f"{path}: blank; expected at least one record")
+        raise InputError(f"{path}: blank, no record in it")
     if "\0" in text:
         raise InputError(f"{path}: holds zero bytes, so it is no text, and no array or tensor either")
     if bare[0] == "[":
@@ -238,7 +239,7 @@ def _textual(path: Path) -> Content:
 
 def _filled(content: Content) -> Content:
     if not content.rows and not content.problems:
-        raise InputError(f"{content.path}: {content.container} without a record; expected at least one")
+        raise InputError(f"{content.path}: {content.container} with no record in it")
     return content
 
 

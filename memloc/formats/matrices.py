@@ -79,7 +79,7 @@ def rows(content: Content, settings: Settings) -> Iterable[Row]:
 
 def _matrix(content: Content) -> np.ndarray[Any, Any]:
     if content.matrix is None:
-        raise InputError(f"{content.path}: found {content.described()}, expected a matrix of token ids")
+        raise InputError(f"{content.described()}; expected a matrix of token ids")
     return content.matrix
 
 
