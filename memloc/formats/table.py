@@ -203,7 +203,7 @@ def problems_of(reading: Reading, settings: Settings) -> tuple[Problem, ...]:
     for row in steps(reading.rows, f"tokenising {reading.path.name}"):
         one = replace(reading, rows=(row,), problems=())
         try:
-            passages(one, settings)
+            passages(one, settings).check(len(settings.tokenizer), None)
         except InputError as error:
             found.append(Problem(row[0], str(error).removeprefix(f"{reading.path}, {row[0]}: ")))
     return tuple(found)
