@@ -11,8 +11,9 @@ from typing import Any
 
 from memloc.errors import InputError, UnknownName
 from memloc.formats import cloze, matrices, rewrites, ripple, texts
-from memloc.formats.content import Content, Problem, open_content
+from memloc.formats.content import Content, Problem
 from memloc.formats.format import OWN_FACTS, OWN_PASSAGES, Format, Settings
+from memloc.formats.opening import open_content
 from memloc.formats.results import WRITERS, is_measurement
 from memloc.passages import Facts, Passages
 from memloc.progress import steps

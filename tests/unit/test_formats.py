@@ -299,7 +299,7 @@ def test_commands_take_the_files_themselves_and_filter_on_their_tags(tmp_path):
 
 def test_no_sample_is_of_two_kinds_and_every_kind_has_one(tmp_path):
     for name, sample in SAMPLES.items():
-        from memloc.formats.content import open_content
+        from memloc.formats.opening import open_content
 
         content = open_content(as_list(tmp_path / "f", sample))
         assert [entry.name for entry in table.FORMATS.values() if entry.matches(content)] == [name]

@@ -13,7 +13,7 @@ from format_samples import CASE, MQUAKE, OWN_FACT, TOFU, ZSRE
 from tiny_tokenizers import byte_level
 
 from memloc.errors import InputError
-from memloc.formats import content, table
+from memloc.formats import arrays, content, table
 from memloc.formats.format import Settings
 
 
@@ -136,7 +136,7 @@ def test_an_archive_that_grows_is_refused(tmp_path):
         archive.writestr("x/data/0", b"\0" * 10**6)
     refuses(tmp_path / "x.pt", "grows when unpacked; torch.save does not compress")
     with zipfile.ZipFile(tmp_path / "y.pt", "w") as archive:
-        archive.writestr("y/data.pkl", b"\x80\x02" + b"0" * content.PICKLE_LIMIT)
+        archive.writestr("y/data.pkl", b"\x80\x02" + b"0" * arrays.PICKLE_LIMIT)
     refuses(tmp_path / "y.pt", "describe its tensors, at most 65536 are read")
 
 
