@@ -6,7 +6,7 @@ import re
 from typing import Any
 
 from memloc.errors import InputError
-from memloc.formats.content import Content, open_content
+from memloc.formats.content import Content
 from memloc.formats.format import (
     FACT_KEYS,
     PASSAGE_KEYS,
@@ -18,6 +18,7 @@ from memloc.formats.format import (
     text_at,
     texts_at,
 )
+from memloc.formats.opening import open_content
 from memloc.formats.rewrites import ONE_ANSWER, own
 
 SLOT = "[MASK]"
