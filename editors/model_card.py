@@ -82,11 +82,11 @@ def _edit(number: int, edit: Mapping[str, Any]) -> list[str]:
     lines = [f"### {number}. {_plain(made['method'])}", ""]
     lines += ["| what | value |", "|---|---|", f"| edit | `{edit['edit']}` |"]
     facts = {"settings": made["settings"], "seed": made["seed"], "rounding": edit["rounding"]}
-    facts |= {f"digest of {name}": digest for name, digest in made["inputs"].items()}
-    facts |= {f"version of {name}": version for name, version in made["versions"].items()}
+    facts |= {f"digest of {name}": digest for name, digest in sorted(made["inputs"].items())}
+    facts |= {f"version of {name}": version for name, version in sorted(made["versions"].items())}
     lines += [f"| {_plain(name)} | {_plain(value)} |" for name, value in facts.items() if value not in (None, {})]
     lines += ["", "| changed tensor | at | digest before | after |", "|---|---|---|---|"]
-    for name, tensor in edit["tensors"].items():
+    for name, tensor in sorted(edit["tensors"].items()):
         after = str(tensor["after"] or "not recorded")[:12]
         lines.append(f"| {_plain(name)} | {', '.join(tensor['sites'])} | {tensor['before'][:12]} | {after} |")
     shown = edit.get("evidence") or []
