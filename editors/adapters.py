@@ -97,14 +97,15 @@ class Adapter:
         if any(name.endswith((".lora_A", ".base_layer")) for name, _ in view.model.named_modules()):
             raise MismatchError(f"{view.name} holds an adapter already; unload it first; nothing was changed")
         found: dict[Site, Delta] = {}
+        homes: dict[str, list[Site]] = {}
+        for site in view.sites(*Kind):
+            homes.setdefault(view.place(site).parameter, []).append(site)
         for module, factor in self.factors.items():
-            found |= self._bind(view, module, factor)
+            found |= self._bind(view, module, factor, homes.get(f"{module}.weight", []))
         self._expect_base(view, any_base=any_base)
         return found
 
-    def _bind(self, view: ModelView, module: str, factor: LowRank) -> dict[Site, Delta]:
-        parameter = f"{module}.weight"
-        sites = [site for site in view.sites(*Kind) if view.place(site).parameter == parameter]
+    def _bind(self, view: ModelView, module: str, factor: LowRank, sites: list[Site]) -> dict[Site, Delta]:
         if not sites:
             raise MismatchError(f"{self.folder}: {module} is no map of {view.name}; the adapter is of another base")
         place = view.place(sites[0])

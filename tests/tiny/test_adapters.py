@@ -94,6 +94,18 @@ def test_an_adapter_comes_back_as_the_same_edit(tmp_path, family):
     assert back.provenance.method == "peft-adapter" and back.notes["made by"][0]["method"] == "by hand"
 
 
+def test_without_its_pattern_of_alphas_an_adapter_is_another_one(tmp_path):
+    """The pitfall: PEFT would scale a smaller rank by the largest alpha. A check that cannot fail checks nothing."""
+    from peft import PeftModel
+
+    view, edit, _ = exported(tmp_path)
+    path = tmp_path / "adapter" / CONFIG
+    path.write_text(json.dumps({**json.loads(path.read_text()), "alpha_pattern": {}}))
+    found = logits(PeftModel.from_pretrained(copy.deepcopy(view.model), tmp_path / "adapter").eval())
+    with pytest.raises(AssertionError, match="not close"):
+        close(found, edited_logits(view, edit))
+
+
 def test_an_adapter_of_peft_itself_is_read_with_its_scales_and_patterns(tmp_path):
     """Short names, patterns over them, rank-stabilised scale: whatever PEFT computes, the edit does."""
     from peft import LoraConfig, PeftModel, get_peft_model
