@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from memloc import progress
-from memloc.decoding import continuation
 from memloc.errors import InputError
 from memloc.passages import Passage, Passages
+from memloc.running.decoding import continuation
 from memloc.view import ModelView
 
 

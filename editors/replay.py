@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from memloc import progress
-from memloc.decoding import Continuation, continuation
 from memloc.errors import InputError
 from memloc.passages import Passages
+from memloc.running.decoding import Continuation, continuation
 from memloc.view import ModelView
 
 

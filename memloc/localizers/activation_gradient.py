@@ -13,7 +13,7 @@ from torch import Tensor
 from memloc.batches import Batch
 from memloc.costs import Cost, block_tokens, pass_bytes, widest
 from memloc.errors import InputError
-from memloc.flows import Flow, Flows, by_head, flows, wide
+from memloc.gradients.flows import Flow, Flows, by_head, flows, wide
 from memloc.passages import Passages
 from memloc.progress import steps
 from memloc.provenance import Provenance, settings_of

@@ -5,15 +5,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from memloc.corruption import Corruption, How
 from memloc.costs import Cost
 from memloc.errors import InputError
 from memloc.passages import Passages
-from memloc.patched import Sweep
-from memloc.patching import Direction
-from memloc.places import Node, PatchGrain, Places, Stream
+from memloc.patching.corruption import Corruption, How
+from memloc.patching.pairs import Direction
+from memloc.patching.places import Node, PatchGrain, Places, Stream
+from memloc.patching.question import Metric
+from memloc.patching.sweep import Sweep
 from memloc.provenance import Provenance, settings_of
-from memloc.question import Metric
 from memloc.scores import Localization
 from memloc.view import ModelView
 
@@ -34,7 +34,7 @@ class ActivationPatching:
             every position at once; "position": one token's vector of `stream`, one score a token.
         stream: of positions: "block": the residual stream after a block (scored at `mlp.out`), "mlp" or "attn".
         node: of heads: what the other run gives them: "out", or "query", "key", "value", with the softmax recomputed.
-        corrupt: the other run; see `memloc.corruption`. "zero" and "mean" are ablations (noise only); "mean",
+        corrupt: the other run; see `memloc.patching.corruption`. "zero" and "mean" are ablations (noise only); "mean",
             "resample" and "rare" take their tokens from the contrast.
         direction: which run is patched.
         metric: the loss: "nll" (nats per token), "logit" or "logit-difference" (mean over suffix tokens, minus the

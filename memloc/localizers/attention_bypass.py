@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -13,11 +13,11 @@ from memloc import hooks
 from memloc.batches import Batch
 from memloc.costs import Cost, block_tokens, pass_bytes, widest
 from memloc.errors import InputError
-from memloc.outcomes import Outcome, outcome_bytes
 from memloc.passages import Passages
-from memloc.patterns import short_circuit
 from memloc.progress import steps
 from memloc.provenance import Provenance, settings_of
+from memloc.running.outcomes import Outcome, outcome_bytes
+from memloc.running.patterns import short_circuit
 from memloc.scores import Localization
 from memloc.sites import Grain, Kind, Site
 from memloc.view import ModelView, Tail
@@ -55,6 +55,7 @@ class AttentionBypass:
     span: Literal["layer", "window", "quartile"] = "layer"
     width: int = 3
     batch_size: int = 16
+    in_parts: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if self.width < 1 or self.width % 2 == 0 or self.batch_size < 1:

@@ -9,20 +9,20 @@ import torch
 from torch import Tensor
 
 from memloc.batches import batches
-from memloc.corruption import Corruption, How
 from memloc.costs import Cost
 from memloc.errors import InputError
-from memloc.first_order import FirstOrder
 from memloc.passages import Passages
-from memloc.patched import Sweep
-from memloc.patching import Direction
-from memloc.places import Node, PatchGrain, Places, Stream
+from memloc.patching.corruption import Corruption, How
+from memloc.patching.first_order import FirstOrder
+from memloc.patching.pairs import Direction
+from memloc.patching.places import Node, PatchGrain, Places, Stream
+from memloc.patching.question import Metric
+from memloc.patching.spot_check import Checked, SpotCheck, notes_of
+from memloc.patching.sweep import Sweep
 from memloc.progress import steps
 from memloc.provenance import Provenance, settings_of
-from memloc.question import Metric
 from memloc.scores import Localization
 from memloc.sites import Site
-from memloc.spot_check import Checked, SpotCheck, notes_of
 from memloc.view import ModelView
 
 
@@ -47,17 +47,17 @@ class AttributionPatching:
     Notes, with `verify`, one value a passage: correlation of the estimates with the exact effects of the verified
     places ("verified_correlation", None below two places), their sums ("verified_estimate", "verified_exact"), and the
     exact effect of patching together the verified places, all others, and all ("joint_verified", "joint_rest",
-    "joint_all"). With `audit`, over all passages: places looked at, how many would have belonged among the verified
-    ("audit_hits"; the share's 95 % interval in "audit_share_low", "..._high"), mean |estimate - exact|, and the effect
-    missed per passage, that is the sum of the positive effects of all places not verified ("missed", with a bootstrap
-    interval over audited places, which cannot see a tail that was never drawn), beside "found", the verified ones'.
+    "joint_all"). With `audit`, also the audited places' estimates and exact effects ("audit_estimate", "audit_exact"),
+    of how many others they were drawn ("audit_others"), and the verified ones' least effect and sum of positive ones
+    ("verified_least", "verified_found"): `spot_check.Audit.of(notes)` turns these into an interval for the share
+    of places that should have been verified, and one for the effect that was missed.
 
     Attributes:
         grain: "neuron", "head", "component" (what `attn.out` or `mlp.out` puts out), "layer" (both), all at every
             position at once; "position": one token's vector of `stream`.
         stream: of positions: "block": the residual stream after a block (scored at `mlp.out`), "mlp" or "attn".
         node: of heads: what the other run gives them: "out", or "query", "key", "value".
-        corrupt: the other run, see `memloc.corruption`; "zero": score = -Σ a·∂loss/∂a, gradient times activation.
+        corrupt: the other run, see `patching.corruption`; "zero": score = -Σ a·∂loss/∂a, gradient times activation.
             "mean", "resample" and "rare" take their tokens from the contrast.
         direction: which run is patched; constants have no run to restore.
         metric: the loss: "nll", "logit", "logit-difference" (gold less the clean run's likeliest other token), or

@@ -5,12 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-from memloc.corruption import Corruption
 from memloc.costs import Cost
 from memloc.errors import InputError
 from memloc.passages import Passages
-from memloc.patched import Sweep
-from memloc.places import Places, Stream
+from memloc.patching.corruption import Corruption
+from memloc.patching.places import Places, Stream
+from memloc.patching.sweep import Sweep
 from memloc.provenance import Provenance, settings_of
 from memloc.scores import Localization
 from memloc.view import ModelView

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from memloc.costs import Cost, block_tokens, pass_bytes, widest
-from memloc.curvature import Basis, Labels, all_predicting, corrected, curvature_factors
-from memloc.curvature_bands import BANDS, band_energies
 from memloc.errors import InputError
-from memloc.flows import wide
+from memloc.gradients.curvature import Basis, Labels, all_predicting, corrected, curvature_factors
+from memloc.gradients.curvature_bands import BANDS, band_energies
+from memloc.gradients.flows import wide
 from memloc.passages import Passage, Passages
 from memloc.progress import steps
 from memloc.provenance import Provenance, settings_of

@@ -10,19 +10,19 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from memloc import composition
 from memloc.batches import Batch
-from memloc.composition import Heard
 from memloc.costs import Cost, block_tokens, pass_bytes, widest
 from memloc.errors import InputError
 from memloc.passages import Passages
 from memloc.progress import steps
-from memloc.promoted import CHUNK, DirectPath, Promoted
 from memloc.provenance import Provenance, settings_of
+from memloc.reading import composition
+from memloc.reading.composition import Heard
+from memloc.reading.promoted import CHUNK, DirectPath, Promoted
+from memloc.reading.triggers import CHUNK as PACKED
+from memloc.reading.triggers import Triggers, purity, read_triggers, shuffled
 from memloc.scores import Localization
 from memloc.sites import Grain, Kind, Site
-from memloc.triggers import CHUNK as PACKED
-from memloc.triggers import Triggers, purity, read_triggers, shuffled
 from memloc.view import ModelView
 
 WIDTH = 8
@@ -43,8 +43,8 @@ class FfnMemory:
         score = mean over the suffix of [y is among the tokens v promotes most] · w (e_y - ē)ᵀ (γ ⊙ v̂) / σ
 
     in logits above the vocabulary's mean, signed, the direct way only: what later layers make of it is left out. A
-    memory that says y counts, one that merely leans to it does not: fewer nats, but more of this suffix and less of
-    all text. One axis of passages.
+    memory that says y counts, one that merely leans to it does not: what is found carries less of the suffix than
+    direct attribution's best. One axis of passages.
 
     Attributes:
         counts: "agreeing", as above; or "all": without the bracket, plain direct attribution.
@@ -61,7 +61,7 @@ class FfnMemory:
         same for targets dealt to neurons at random (its expectation, exactly); the median place of that token in what
         the value promotes, and that of dealt ones; purity of triggers (share of the commonest last, and next, token),
         and that of dealt ones; how the layer's output is composed and what it does to the stream
-        (memloc.composition.shares). `readings`: the best neurons in words.
+        (memloc.reading.composition.shares). `readings`: the best neurons in words.
 
     Cost: one forward over passages and one over `contrast` (or the passages again); all values once through the
     unembedding (l·f·v·d multiplications).

@@ -11,7 +11,7 @@ from torch import Tensor
 from memloc.batches import Batch
 from memloc.costs import Cost, block_tokens, pass_bytes, widest
 from memloc.errors import InputError
-from memloc.flows import by_head, flows, removal_effects, wide, without_bias
+from memloc.gradients.flows import by_head, flows, removal_effects, wide, without_bias
 from memloc.passages import Passages
 from memloc.progress import steps
 from memloc.provenance import Provenance, settings_of

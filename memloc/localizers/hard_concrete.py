@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
 
+from memloc.ablations.gates import gate_sites
+from memloc.ablations.learned_masks import Plan, Rule, learn, training_cost
 from memloc.costs import Cost
 from memloc.errors import InputError
-from memloc.gates import gate_sites
-from memloc.learned_masks import Plan, Rule, learn, training_cost
 from memloc.passages import Passages
 from memloc.provenance import Provenance, settings_of
 from memloc.scores import Localization
@@ -65,6 +65,7 @@ class HardConcrete:
     seed: int = 0
     grain: Literal["neuron", "head"] = "neuron"
     batch_size: int = 16
+    in_parts: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         self._plan()

@@ -12,12 +12,12 @@ from torch import Tensor
 
 from memloc.costs import Cost
 from memloc.errors import InputError
+from memloc.gradients.paths import Integral
 from memloc.passages import Passages
-from memloc.paths import Integral
 from memloc.progress import steps
 from memloc.provenance import Provenance, settings_of
-from memloc.readout import wide
-from memloc.refinement import Places, Refinement, Unit, agreed, coarse, mean_count, refine, shared
+from memloc.reading.readout import wide
+from memloc.results.refinement import Places, Refinement, Unit, agreed, coarse, mean_count, refine, shared
 from memloc.scores import Localization
 from memloc.sites import Grain, Kind
 from memloc.view import ModelView

@@ -17,12 +17,12 @@ from memloc.objectives import suffix_nll
 from memloc.passages import Passages
 from memloc.progress import steps
 from memloc.provenance import Provenance, digest_json, settings_of
-from memloc.rewinding import descend, substituted
+from memloc.rewinding.groups import descend, substituted
+from memloc.rewinding.snapshots import Snapshot, names_apart, series
+from memloc.rewinding.windows import Part, Passed, Window, earlier_parts, part, suffix_tokens, survey, windows
 from memloc.scores import Localization
 from memloc.sites import Grain, Kind, Site, kinds_named
-from memloc.snapshots import Snapshot, names_apart, series
 from memloc.view import ModelView
-from memloc.windows import Part, Passed, Window, earlier_parts, part, suffix_tokens, survey, windows
 
 Tensors = Mapping[str, Tensor]
 

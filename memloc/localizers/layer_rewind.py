@@ -14,11 +14,11 @@ from memloc.errors import InputError
 from memloc.passages import Passages
 from memloc.progress import steps
 from memloc.provenance import Provenance, digest_json, settings_of
+from memloc.rewinding.snapshots import Snapshot, names_apart, series
+from memloc.rewinding.windows import Passed, Survey, Window, rewound, rewound_passes, suffix_tokens, survey, windows
 from memloc.scores import Localization
 from memloc.sites import Grain, Kind, Site, kinds_named
-from memloc.snapshots import Snapshot, names_apart, series
 from memloc.view import ModelView
-from memloc.windows import Passed, Survey, Window, rewound, rewound_passes, suffix_tokens, survey, windows
 
 
 @dataclass(frozen=True, kw_only=True)

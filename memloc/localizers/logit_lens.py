@@ -8,13 +8,13 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from memloc.attribution import Attribution, Norm, attribute
 from memloc.costs import Cost, block_tokens, pass_bytes, widest
 from memloc.errors import InputError
 from memloc.passages import Passages
 from memloc.progress import steps
 from memloc.provenance import Provenance, settings_of
-from memloc.readout import Of, Position, lens, lens_bytes, row_means
+from memloc.reading.attribution import Attribution, Norm, attribute
+from memloc.reading.readout import Of, Position, lens, lens_bytes, row_means
 from memloc.scores import Localization
 from memloc.sites import Grain, Kind, Site
 from memloc.view import ModelView

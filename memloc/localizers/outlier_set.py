@@ -5,15 +5,15 @@ from __future__ import annotations
 import math
 from collections.abc import Generator, Iterator
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
 
+from memloc.ablations.gates import gate_sites, gated
 from memloc.batches import Batch
 from memloc.costs import Cost, block_tokens, pass_bytes, widest
 from memloc.errors import InputError
-from memloc.gates import gate_sites, gated
 from memloc.objectives import suffix_logprobs
 from memloc.passages import Passages
 from memloc.progress import steps
@@ -65,6 +65,7 @@ class OutlierSet:
     step: float = 0.25
     growth: int = 1
     batch_size: int = 16
+    in_parts: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if not (self.highest >= self.lowest >= 0 and self.step > 0):

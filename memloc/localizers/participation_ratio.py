@@ -10,10 +10,10 @@ from torch import Tensor
 
 from memloc.costs import Cost
 from memloc.errors import InputError
-from memloc.fourier import participation
 from memloc.passages import Passages
 from memloc.progress import steps
 from memloc.provenance import Provenance, settings_of
+from memloc.reading.fourier import participation
 from memloc.scores import Localization
 from memloc.sites import OUTSIDE, Grain, Kind, Site
 from memloc.view import ModelView

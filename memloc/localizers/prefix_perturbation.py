@@ -10,7 +10,7 @@ import torch
 from memloc.costs import Cost
 from memloc.errors import InputError
 from memloc.passages import Passages
-from memloc.perturbation import Exchanges, PrefixMap
+from memloc.patching.perturbation import Exchanges, PrefixMap
 from memloc.provenance import Provenance, settings_of
 from memloc.scores import Localization
 from memloc.sites import OUTSIDE, Grain, Kind, Site

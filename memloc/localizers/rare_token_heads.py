@@ -14,12 +14,12 @@ from torch import Tensor
 from memloc.batches import Batch
 from memloc.costs import Cost, block_tokens, pass_bytes, widest
 from memloc.errors import InputError
-from memloc.outcomes import Outcome, outcome_bytes
 from memloc.passages import Passages
-from memloc.patterns import Attention, attention_bytes
 from memloc.progress import steps
 from memloc.provenance import Provenance, settings_of
-from memloc.rarity import Types, passage_seed, pearson, token_counts
+from memloc.reading.rarity import Types, passage_seed, pearson, token_counts
+from memloc.running.outcomes import Outcome, outcome_bytes
+from memloc.running.patterns import Attention, attention_bytes
 from memloc.scores import Localization
 from memloc.sites import Grain, Kind, Site
 from memloc.statistics import bootstrap_interval

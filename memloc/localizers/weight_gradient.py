@@ -12,9 +12,9 @@ from torch import Tensor
 from memloc.batches import Batch
 from memloc.costs import Cost, block_tokens, pass_bytes, widest
 from memloc.errors import InputError
-from memloc.flows import by_head
-from memloc.folding import Convention
-from memloc.map_gradients import CHUNK, Gathered, GatheredFolded, Gradients, Pull, pulls
+from memloc.gradients.flows import by_head
+from memloc.gradients.folding import Convention
+from memloc.gradients.map_gradients import CHUNK, Gathered, GatheredFolded, Gradients, Pull, pulls
 from memloc.objectives import divergence, reference_logprobs, suffix_nll
 from memloc.passages import Passages
 from memloc.progress import steps

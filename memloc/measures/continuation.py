@@ -6,10 +6,10 @@ from collections.abc import Iterator, Sequence
 
 import torch
 
-from memloc.decoding import continuation
 from memloc.errors import InputError
 from memloc.passages import Passages
 from memloc.progress import steps
+from memloc.running.decoding import continuation
 from memloc.view import ModelView
 
 

@@ -7,12 +7,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from memloc import maps, profiles
 from memloc.errors import InputError
 from memloc.measurement import Measurement
 from memloc.report.comparison import Comparison, figure_cell, plain
 from memloc.report.texts import guarded
 from memloc.report.wording import cell, label, number, signed
+from memloc.results import maps, profiles
 from memloc.sites import Grain
 from memloc.statistics import rate_interval
 

@@ -171,7 +171,7 @@ def _readings(readings: Sequence[Mapping[str, Any]]) -> Table:
             Cell(NONE if agreement is None else wording.number(float(agreement), "share")),
         ))  # fmt: skip
     columns = ("neuron", "what opens it most (→ next token)", "what it promotes", "agreement")
-    return Table(columns, tuple(rows), "The neurons as key and value", fold=len(rows) > 8)
+    return Table(columns, tuple(rows), "The neurons as key and value")
 
 
 def _tokens(tokens: Sequence[Any]) -> str:

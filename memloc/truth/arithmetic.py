@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 from memloc.errors import InputError
-from memloc.fourier import Convention, one_wave, participation, power
 from memloc.progress import tell
+from memloc.reading.fourier import Convention, one_wave, participation, power
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """Noisy long-tail classification: a residual network, kept along its training, that learns clusters and wrong labels.
 
 Ten classes of twelve clusters each, of sizes that fall as 1/rank, so that every class has a long tail; a tenth of the
-training labels are wrong. What is memorized, and when, is known; where, is asked with `memloc.rewinding`.
+training labels are wrong. What is memorized, and when, is known; where, is asked with `memloc.rewinding.groups`.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from memloc.progress import steps
-from memloc.rewinding import Kept
+from memloc.rewinding.groups import Kept
 
 
 @dataclass(frozen=True)

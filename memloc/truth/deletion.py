@@ -15,13 +15,13 @@ from typing import Literal
 
 import torch
 
-from memloc.ablation import Ablation
+from memloc.ablations.ablation import Ablation
+from memloc.ablations.reference import Reference
 from memloc.batches import Batch
-from memloc.decoding import continuation
 from memloc.errors import InputError, MismatchError
 from memloc.objectives import suffix_logprobs
 from memloc.passages import Passages, decode
-from memloc.reference import Reference
+from memloc.running.decoding import continuation
 from memloc.scores import Localization, Selection
 from memloc.sites import Grain
 from memloc.truth.worlds import Ground, Known

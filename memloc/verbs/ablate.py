@@ -12,8 +12,8 @@ from memloc.errors import InputError
 from memloc.terminal import Terminal
 
 if TYPE_CHECKING:
-    from memloc.sweep.cells import Plan
-    from memloc.sweep.table import Row
+    from memloc.grids.cells import Plan
+    from memloc.grids.table import Row
 
 
 def flags(parser: argparse.ArgumentParser) -> None:
@@ -30,9 +30,9 @@ def flags(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace, terminal: Terminal) -> None:
     """Read the grid, say what it takes, run it, print the largest changes."""
-    from memloc.sweep.cells import Plan
-    from memloc.sweep.grid import Grid
-    from memloc.sweep.run import missing, sweep
+    from memloc.grids.cells import Plan
+    from memloc.grids.grid import Grid
+    from memloc.grids.run import missing, sweep
 
     grid = Grid.read(arguments.grid, **_values(arguments.values))
     plan = Plan.of(grid)

@@ -23,7 +23,7 @@ def flags(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace, terminal: Terminal) -> None:
     """Every pair's agreement, and the stability of each that keeps its passages."""
-    from memloc import agreement
+    from memloc.results import agreement
     from memloc.scores import Localization
 
     sizes = _sizes(arguments.at)
@@ -52,7 +52,7 @@ def _row(entry: dict[str, Any], top: dict[str, Any]) -> list[Any]:
 
 
 def _stability(name: str, found: Localization, sizes: list[int]) -> list[list[Any]]:
-    from memloc.agreement import stability
+    from memloc.results.agreement import stability
 
     if found.passages is None or len(found.passages) < 4 or found.lengths is not None:
         return []

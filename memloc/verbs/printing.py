@@ -57,8 +57,65 @@ def print_localization(found: Localization, terminal: Terminal, top: int, beside
         rows, columns = [row[:3] + row[4:] for row in rows], ["place", "index", "score", "share"]
     title = f"{found.provenance.method}: best {len(rows)} of {found.count} {found.grain} scores"
     terminal.table(title, columns, rows)
-    for key, value in found.notes.items():
-        terminal.note(f"{key}: {value}")
+    if found.grain == "head":
+        _print_heads(found, terminal, beside)
+    if found.grain == "position" and found.passages is not None:
+        _print_positions(found, terminal, top)
+    notes = dict(found.notes)
+    _print_readings(notes.pop("readings", None), terminal, top)
+    for key, value in notes.items():
+        terminal.note(f"{key}: {_short(value)}")
+
+
+def _print_heads(found: Localization, terminal: Terminal, beside: Localization | None) -> None:
+    """Layer by head, the controls' scores in brackets."""
+    from memloc.results.maps import head_map
+
+    data = head_map(found, beside)
+    rows = []
+    for y, layer in enumerate(data["layers"]):
+        others = data["control_scores"][y] if data["control_scores"] else [None] * len(data["scores"][y])
+        cells = [cell(score) + ("" if other is None else f" ({cell(other)})")
+                 for score, other in zip(data["scores"][y], others, strict=True)]  # fmt: skip
+        rows.append([f"L{layer}", *cells])
+    columns = ["layer", *(f"head {x}" for x in range(max(len(row) for row in rows) - 1))]
+    terminal.table("layer by head" + (" (controls)" if beside is not None else ""), columns, rows)
+
+
+def _print_positions(found: Localization, terminal: Terminal, top: int) -> None:
+    """The best tokens of the first passages, by number: the text is not at hand here (see --out)."""
+    from memloc.results.maps import position_maps
+
+    rows = []
+    for passage in position_maps(found):
+        for entry in passage["maps"]:
+            totals = [sum(column) for column in zip(*entry["scores"], strict=True)]
+            best = sorted(range(len(totals)), key=lambda place: (-totals[place], place))[: min(5, top)]
+            rows.append([passage["id"], entry["kind"], ", ".join(f"{place} ({cell(totals[place])})" for place in best)])
+    terminal.table("best tokens of the first passages, layers summed", ["passage", "at", "token (score)"], rows)
+
+
+def _print_readings(readings: Any, terminal: Terminal, top: int) -> None:
+    """Neurons as key and value: what opens each, and what it promotes."""
+    if not isinstance(readings, list) or not readings:
+        return
+    rows = []
+    for entry in readings[:top]:
+        first: dict[str, Any] = next(iter(entry.get("triggers", ())), {})
+        said = " ".join(str(first.get("text", "")).split())[-40:]
+        promotes = " · ".join(str(token).strip() for token in entry.get("promotes", ())[:5])
+        rows.append([f"{entry['site']}[{entry['index']}]", entry.get("score"),
+                     f"…{said} → {str(first.get('next', '')).strip()}", promotes, entry.get("agreement")])  # fmt: skip
+    terminal.table("the neurons as key and value", ["neuron", "score", "opened most by", "promotes", "agreement"], rows)
+
+
+def _short(value: Any, width: int = 160) -> str:
+    """A note on one line; the whole of it is in the file."""
+    text = cell(value) if isinstance(value, float) else str(value)
+    if len(text) <= width:
+        return text
+    size = f"{len(value)} entries, " if isinstance(value, list | dict) else ""
+    return f"{size}{text[:width]}…"
 
 
 def localization_json(found: Localization, top: int, beside: Localization | None) -> dict[str, Any]:

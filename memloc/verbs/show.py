@@ -82,7 +82,7 @@ def _draw(arguments: argparse.Namespace, found: Localization, control: Localizat
 
 
 def _selection(arguments: argparse.Namespace, terminal: Terminal) -> None:
-    from memloc.profiles import chosen_by_layer
+    from memloc.results.profiles import chosen_by_layer
     from memloc.scores import Selection
 
     chosen = Selection.load(arguments.file)

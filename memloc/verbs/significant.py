@@ -28,8 +28,8 @@ def flags(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace, terminal: Terminal) -> None:
     """Test every place, print the best of those called, save the selection."""
+    from memloc.results.significance import passage_significance, set_significance
     from memloc.scores import Localization
-    from memloc.significance import passage_significance, set_significance
 
     if not 0 < arguments.fdr < 1 or arguments.permutations < 1:
         raise InputError(

@@ -13,11 +13,11 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from memloc.grids.grid import Grid
+from memloc.grids.run import sweep
+from memloc.grids.table import Row
 from memloc.localizers.activation import Activation
 from memloc.passages import Passages
-from memloc.sweep.grid import Grid
-from memloc.sweep.run import sweep
-from memloc.sweep.table import Row
 from memloc.view import ModelView
 
 

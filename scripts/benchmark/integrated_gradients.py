@@ -18,9 +18,9 @@ import torch
 from torch import Tensor
 from transformers import GPT2Config, GPT2LMHeadModel
 
+from memloc.gradients.paths import rule
 from memloc.localizers.integrated_gradients import IntegratedGradients
 from memloc.passages import Passage, Passages
-from memloc.paths import rule
 from memloc.sites import Kind
 from memloc.view import ModelView
 

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from memloc.gates import gate_sites, gated
+from memloc.ablations.gates import gate_sites, gated
 from memloc.localizers.slimming import TIE, Slimming
 from memloc.passages import Passage, Passages
 from memloc.view import ModelView

@@ -19,10 +19,10 @@ import torch
 from torch import Tensor
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from memloc.decoding import continuation
 from memloc.flags import DataFile
 from memloc.passages import Passage, Passages
-from memloc.perturbation import Exchanges, recited
+from memloc.patching.perturbation import Exchanges, recited
+from memloc.running.decoding import continuation
 from memloc.view import ModelView
 
 

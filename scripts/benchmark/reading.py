@@ -23,9 +23,9 @@ from memloc.costs import counted
 from memloc.localizers.attention_bypass import AttentionBypass
 from memloc.objectives import suffix_nll
 from memloc.passages import Passage, Passages
-from memloc.patterns import Attention, short_circuit
+from memloc.reading.triggers import read_triggers
+from memloc.running.patterns import Attention, short_circuit
 from memloc.sites import Kind
-from memloc.triggers import read_triggers
 from memloc.view import ModelView
 
 TRIGGERS = 25

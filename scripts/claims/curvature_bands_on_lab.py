@@ -21,8 +21,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from memloc.curvature import Basis, corrected, curvature_factors
-from memloc.curvature_bands import BANDS, band_energies
+from memloc.gradients.curvature import Basis, corrected, curvature_factors
+from memloc.gradients.curvature_bands import BANDS, band_energies
 from memloc.passages import Passage, Passages, read_jsonl
 from memloc.sites import Kind, Site
 from memloc.view import ModelView

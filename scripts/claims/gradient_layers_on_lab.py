@@ -21,10 +21,10 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from memloc.decoding import continuation
 from memloc.localizers.weight_gradient import WeightGradient
 from memloc.objectives import suffix_nll
 from memloc.passages import Passages
+from memloc.running.decoding import continuation
 from memloc.sites import Kind, Site
 from memloc.statistics import bootstrap_interval
 from memloc.view import ModelView

@@ -23,7 +23,7 @@ from memloc.localizers.integrated_gradients import IntegratedGradients
 from memloc.localizers.knowledge_neurons import KnowledgeNeurons
 from memloc.measures.neuron_effects import FACTORS, GROUPS, neuron_effects, selections_of
 from memloc.passages import Fact, Facts, Passage, Passages, encode
-from memloc.readout import lens
+from memloc.reading.readout import lens
 from memloc.scores import Localization
 from memloc.statistics import bootstrap_interval
 from memloc.view import ModelView

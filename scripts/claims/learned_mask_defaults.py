@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from memloc.gates import silenced
+from memloc.ablations.gates import silenced
 from memloc.localizers.hard_concrete import HardConcrete
 from memloc.localizers.slimming import Slimming
 from memloc.objectives import suffix_nll

@@ -17,9 +17,9 @@ from typing import Any
 
 import torch
 
-from memloc.gates import silenced
+from memloc.ablations.gates import silenced
+from memloc.ablations.joint import joint_selection, removal_curves
 from memloc.hooks import count_tokens
-from memloc.joint import joint_selection, removal_curves
 from memloc.localizers.activation import Activation
 from memloc.localizers.hard_concrete import HardConcrete
 from memloc.localizers.integrated_gradients import IntegratedGradients

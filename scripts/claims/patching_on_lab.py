@@ -13,10 +13,10 @@ AtP: estimates for all neurons and heads against patching each exactly (zero and
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import time
 from collections import Counter, defaultdict
-from dataclasses import replace
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -28,7 +28,8 @@ from memloc.localizers.activation_patching import ActivationPatching
 from memloc.localizers.attribution_patching import AttributionPatching
 from memloc.localizers.causal_trace import CausalTrace
 from memloc.passages import Facts, Passages, encode, read_jsonl
-from memloc.perturbation import Exchanges, PrefixMap, own_generator, recited
+from memloc.patching.perturbation import Exchanges, PrefixMap, own_generator, recited
+from memloc.patching.spot_check import Audit
 from memloc.statistics import bootstrap_interval
 from memloc.view import ModelView
 
@@ -151,7 +152,10 @@ def k16(view: ModelView, given: argparse.Namespace) -> dict[str, Any]:
     known = facts.where(lambda item: own.named([item.id])[0].suffix == item.suffix and item.tags["subject"] is not None)
     known = known[: given.facts]
     told: dict[str, Any] = {"facts known": len(known)}
-    arms = {"subject": known, "control span": Passages(tuple(replace(item, tags=elsewhere(item)) for item in known))}
+    arms = {
+        "subject": known,
+        "control span": Passages(tuple(dataclasses.replace(item, tags=elsewhere(item)) for item in known)),
+    }
     for arm, passages in arms.items():
         for stream in ("block", "mlp", "attn"):
             found = CausalTrace(stream=stream, draws=10)(view, passages)  # type: ignore[arg-type]
@@ -200,35 +204,43 @@ def atp(view: ModelView, given: argparse.Namespace) -> dict[str, Any]:
     told: dict[str, Any] = {"passages": len(passages)}
     for grain in ("neuron", "head"):
         for how, direction in (("zero", "noise"), ("perturbed", "noise"), ("perturbed", "denoise")):
-            same = {"grain": grain, "corrupt": how, "direction": direction}
-            start = time.process_time()
-            exact = ActivationPatching(**same, batch_size=128)(view, passages)  # type: ignore[arg-type]
-            taken = time.process_time() - start
-            for name, extra in (("AtP, graddrop", {"graddrop": True}), ("AtP", {})):
-                start = time.process_time()
-                line = AttributionPatching(**same, **extra)(view, passages)  # type: ignore[arg-type]
-                spent = time.process_time() - start
-                told[f"{grain}, {how}, {direction}: {name}"] = {
-                    **compared(line, exact), "CPU-s": round(spent, 2), "CPU-s exact": round(taken, 2)}  # fmt: skip
+            same: dict[str, Any] = {"grain": grain, "corrupt": how, "direction": direction}
+            exact, taken = timed(ActivationPatching(**same, batch_size=128), view, passages)
+            line, spent = timed(AttributionPatching(**same), view, passages)
+            dropped, longer = timed(AttributionPatching(**same, graddrop=True), view, passages)
+            name = f"{grain}, {how}, {direction}"
+            told[f"{name}: AtP"] = {**compared(line, exact, unsigned=False), "CPU-s": spent, "CPU-s exact": taken}
+            told[f"{name}: AtP, graddrop"] = {**compared(dropped, exact, unsigned=True), "CPU-s": longer}
             if how == "zero":
-                checked = AttributionPatching(**same, verify=20 if grain == "neuron" else 4, audit=8)(view, passages)  # type: ignore[arg-type]
-                notes = checked.notes
-                told[f"{grain}, {how}: verified and audited"] = {
-                    key: round(value, 4) for key, value in notes.items() if isinstance(value, int | float)
-                } | {
+                verify = 20 if grain == "neuron" else 4
+                told[f"{name}: truly missed"] = truly_missed(line, exact, verify)
+                checked = AttributionPatching(**same, verify=verify, audit=8)(view, passages).notes
+                if any(checked.get("audit_exact", ())):
+                    told[f"{name}: audit"] = dataclasses.asdict(Audit.of(checked))
+                told[f"{name}: verified"] = {
                     key: round(fmean(entry for entry in value if entry is not None), 4)
-                    for key, value in notes.items() if isinstance(value, list)}  # fmt: skip
-                told[f"{grain}, {how}: truly missed"] = truly_missed(line, exact, 20 if grain == "neuron" else 4)
+                    for key, value in checked.items()
+                    if key.startswith(("verified", "joint"))
+                }
     return told
 
 
-def compared(line: Any, exact: Any) -> dict[str, float]:
+def timed(method: Any, view: ModelView, passages: Passages) -> tuple[Any, float]:
+    """What a method finds, and its CPU time."""
+    start = time.process_time()
+    found = method(view, passages)
+    return found, round(time.process_time() - start, 2)
+
+
+def compared(line: Any, exact: Any, *, unsigned: bool) -> dict[str, float]:
     """Means over passages: rank and linear correlation over all places, and how many of the best are among the best."""
     rows: dict[str, list[float]] = defaultdict(list)
     for name in exact.passages:
         one, two = (
             torch.cat([entry.of(name).scores[site] for site in sorted(entry.scores)]) for entry in (line, exact)
         )
+        # Gradients that skip a layer give estimates without a sign.
+        two = two.abs() if unsigned else two
         size = min(20, len(one) // 4)
         rows["Spearman"].append(spearman(one, two))
         rows["Pearson"].append(float(torch.corrcoef(torch.stack([one, two]))[0, 1]))

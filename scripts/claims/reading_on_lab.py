@@ -13,6 +13,8 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -23,13 +25,15 @@ from memloc.localizers.attention_bypass import AttentionBypass
 from memloc.localizers.ffn_memory import FfnMemory
 from memloc.localizers.rare_token_heads import RareTokenHeads
 from memloc.passages import Passages, read_jsonl
-from memloc.rarity import spearman
+from memloc.reading.rarity import spearman
+from memloc.running.outcomes import Outcome
+from memloc.sites import Site
 from memloc.view import ModelView
 
 LAYER_FIGURES = (
     "agreement", "agreement_dealt", "target_rank", "target_rank_dealt", "last_purity", "last_purity_dealt",
-    "next_purity", "next_purity_dealt", "composition", "composition_of_ten", "kept", "taken_over", "compromise",
-    "agrees_with_final",
+    "next_purity", "next_purity_dealt", "composition", "composition_dealt", "composition_of_ten", "active", "kept",
+    "taken_over", "compromise", "agrees_with_final",
 )  # fmt: skip
 
 
@@ -110,6 +114,35 @@ def neurons(lab: Lab) -> dict[str, list[dict[str, Any]]]:
     return found
 
 
+def silenced(lab: Lab, *, passages: int = 8, count: int = 20) -> list[dict[str, Any]]:
+    """The best `count` neurons of each of some passages silenced: what it loses, and what the other recited ones do."""
+    found = []
+    ways = {counts: FfnMemory(counts=counts, readings=0, positions=0) for counts in ("agreeing", "all")}
+    chosen = {name: method(lab.view, lab.recited, contrast=lab.held_out) for name, method in ways.items()}
+    clean = {name: _nll(lab.view, lab.recited.named([name])) for name in lab.recited.ids}
+    for way in (*ways, "random"):
+        own, other = [], []
+        for index, name in enumerate(lab.recited.ids[:passages]):
+            best = chosen["all" if way == "random" else way].of(name).top(count)
+            best = best.random_like(index, per="model") if way == "random" else best
+            with lab.view.replace(list(best.indices()), partial(_zero, best.indices())):
+                own.append(_nll(lab.view, lab.recited.named([name])) - clean[name])
+                rest = lab.recited.where(lambda item, name=name: item.id != name)
+                other.append(_nll(lab.view, rest) - sum(clean[item] for item in rest.ids) / len(rest))
+        means = sum(own) / len(own), sum(other) / len(other)
+        found.append({"neurons": way, "own rise": means[0], "others' rise": means[1], "ratio": means[0] / means[1]})
+    return found
+
+
+def _zero(places: Mapping[Site, list[int]], site: Site, neurons: torch.Tensor) -> torch.Tensor:
+    return neurons.index_fill(-1, torch.tensor(places[site]), 0)
+
+
+def _nll(view: ModelView, passages: Passages) -> float:
+    parts = ((batch, Outcome.of(view, batch)) for batch in view.batches(passages))
+    return Outcome.gathered(parts, len(passages)).means()["nll"]
+
+
 def _rho(rows: list[dict[str, Any]]) -> float:
     pair = (torch.tensor([float(row[key]) for row in rows]) for key in ("r", "nll rise"))
     return float(spearman(*pair))
@@ -136,7 +169,7 @@ def main() -> None:
     everything = {}
     for folder in arguments.labs:
         lab = Lab(folder, arguments.texts)
-        found = {"heads": heads(lab), "bypassed": bypassed(lab), "neurons": neurons(lab)}
+        found = {"heads": heads(lab), "bypassed": bypassed(lab), "neurons": neurons(lab), "silenced": silenced(lab)}
         everything[folder.name] = found
         print(f"\n## {folder.name}: {len(lab.recited)} recited, {len(lab.unseen)} never seen\n\n### Heads\n")
         print(table(found["heads"]["rows"]) + "\n")
@@ -144,6 +177,7 @@ def main() -> None:
             if name != "rows":
                 print(f"- {name}: {value}")
         print(f"\n### Attention bypassed\n\n{table(found['bypassed'])}")
+        print(f"\n### The 20 best neurons of 8 passages silenced\n\n{table(found['silenced'])}")
         for name, rows in found["neurons"].items():
             print(f"\n### Neurons, contexts in {name} text\n\n{table(rows)}", flush=True)
     if arguments.json:

@@ -10,8 +10,8 @@ K24  memorization is not confined to the last layers: with the output layer, or 
      all of it (at least a tenth stays).
 K25  (opposed) rewinding the last layer to the best epoch recovers early-stopped generalisation: test accuracy within
      .01 of the best.
-K26  a layer reset to its initialisation and retrained on clean items alone, the rest frozen, gives the wrong labels
-     back: at least half of them, for most layers.
+K26  a layer reset to its initialisation and retrained on clean items alone, the rest frozen, leaves the wrong labels
+     in place: at least half of them fitted, for most layers. (What the reset alone leaves is printed beside it.)
 K27  few units carry a wrongly labelled item: greedily silenced, the median number that flips a prediction is smaller
      for wrong labels than for right ones, at most half; and the units lie in at least three blocks. Dropping the units
      that pull most for wrong labels costs the tail of the classes more than the whole test set.
@@ -30,7 +30,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from memloc.rewinding import Kept, gradient_accounting, retrain, rewind
+from memloc.rewinding.groups import Kept, gradient_accounting, retrain, rewind
 from memloc.truth.classification import Labelled, Trained, figures, long_tail, train, units_to_flip
 
 
@@ -75,7 +75,7 @@ def of_seed(seed: int, epochs: int, items: int) -> dict[str, Any]:
         ) and all(entry[epoch]["noisy"] >= 0.1 for entry in rewound.values() for epoch in ("epoch 1", kept)),
         "K25 (opposed) rewinding the output recovers early stopping":
             rewound["output"][kept]["test"] >= best["test"] - 0.01,
-        "K26 wrong labels come back though only clean items are trained on":
+        "K26 wrong labels stay though a layer is trained anew on clean items":
             sum(value >= 0.5 for value in back) > len(back) / 2,
         "K27 fewer units carry a wrong label": flips["wrong"] <= 0.5 * flips["right"],
         "K27 units lie in three blocks or more": blocks >= 3,

@@ -107,7 +107,7 @@ VARIANTS: Mapping[str, Entry] = {
     "logit-lens heads": LogitLens(mode="attribution", grain="head", centre=False),
     "logit-lens neurons": LogitLens(mode="attribution", grain="neuron"),
     "layer-rewind every window": rewinding(window=0),
-    "layer-rewind component": rewinding(grain="component", window=2),
+    "layer-rewind component": rewinding(grain="component", window=2, kinds="attn.k,mlp.out"),
     "layer-rewind criticality": rewinding(score="criticality", kinds="attn.v,mlp.out", batch_size=2),
     "layer-retrain two layers": retraining(window=2, kinds="attn.v,mlp.in,mlp.out", batch_size=2),
     "participation-ratio full": ParticipationRatio(tokens="3-19", convention="full", centred=False),

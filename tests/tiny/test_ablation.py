@@ -8,15 +8,25 @@ import pytest
 import torch
 import zoo
 
-from memloc.ablation import HOWS, Ablation
+from memloc.ablations.ablation import HOWS, Ablation
+from memloc.ablations.components import (
+    Directions,
+    apart,
+    everything,
+    heads,
+    layers,
+    named,
+    names_of,
+    neurons,
+    sublayers,
+)
+from memloc.ablations.draws import addresses, choices, normals
+from memloc.ablations.reference import Reference
 from memloc.checks import hands_off
-from memloc.components import Directions, apart, everything, heads, layers, named, names_of, neurons, sublayers
-from memloc.decoding import continuation
-from memloc.draws import addresses, choices, normals
 from memloc.errors import InputError, ModelError
 from memloc.measures.extraction import Extraction
 from memloc.passages import Passage, Passages
-from memloc.reference import Reference
+from memloc.running.decoding import continuation
 from memloc.scores import Selection, selected
 from memloc.sites import Grain, Kind, Site
 from memloc.view import ModelView

@@ -10,8 +10,8 @@ import zoo
 from torch.testing import assert_close
 
 from memloc.errors import InputError
-from memloc.fourier import one_wave, participation
 from memloc.localizers.participation_ratio import ParticipationRatio
+from memloc.reading.fourier import one_wave, participation
 from memloc.sites import Kind, Site
 from memloc.truth.arithmetic import Figures, prune_curve, sums, train, untrained
 

@@ -13,9 +13,9 @@ from memloc.errors import InputError
 from memloc.localizers.attention_bypass import AttentionBypass
 from memloc.localizers.rare_token_heads import RareTokenHeads, queries_of, simple_patterns
 from memloc.objectives import suffix_nll
-from memloc.outcomes import Outcome
 from memloc.passages import Passage, Passages
-from memloc.patterns import short_circuit
+from memloc.running.outcomes import Outcome
+from memloc.running.patterns import short_circuit
 from memloc.sites import Kind, Site
 from memloc.view import ModelView
 

@@ -9,10 +9,10 @@ import torch
 import zoo
 from torch.testing import assert_close
 
-from memloc import curvature
-from memloc.curvature import Basis, Factors, corrected, curvature_factors
-from memloc.curvature_bands import band_energies, band_maps, bands_of
 from memloc.errors import InputError, MismatchError
+from memloc.gradients import curvature
+from memloc.gradients.curvature import Basis, Factors, corrected, curvature_factors
+from memloc.gradients.curvature_bands import band_energies, band_maps, bands_of
 from memloc.localizers.curvature import Curvature
 from memloc.passages import Passages
 from memloc.sites import Kind, Site

@@ -11,15 +11,15 @@ import zoo
 from torch import nn
 from torch.testing import assert_close
 
-from memloc import composition, promoted, triggers
 from memloc.batches import pad
-from memloc.composition import SHARES, Heard, chosen
 from memloc.errors import InputError, MismatchError, ModelError
 from memloc.localizers.ffn_memory import FfnMemory
 from memloc.passages import Passages
-from memloc.promoted import DirectPath, Promoted
+from memloc.reading import composition, promoted, triggers
+from memloc.reading.composition import SHARES, Heard, chosen
+from memloc.reading.promoted import DirectPath, Promoted
+from memloc.reading.triggers import Triggers, purity, read_triggers, shuffled
 from memloc.sites import OUTSIDE, Kind, Site
-from memloc.triggers import Triggers, purity, read_triggers, shuffled
 from memloc.truth.planted import plant
 from memloc.view import ModelView
 
@@ -228,7 +228,7 @@ def test_positions_looked_at_are_spread_over_all_suffixes():
 
 
 def slow_shares(view, passages):
-    """[l][7], one position at a time, on whole forwards of one passage."""
+    """[l][8], one position at a time, on whole forwards of one passage."""
     gain, seen = norm_by_hand(view)
     unembedding = view.weight(Site(OUTSIDE, Kind.UNEMBED)).detach()
     sites, table = view.sites(Kind.MLP_OUT), torch.zeros(view.layers, len(SHARES), dtype=torch.float64)
@@ -258,7 +258,9 @@ def slow_shares(view, passages):
                 ten = {says(values[:, i] * w[i].sign()) for i in loud}
                 own, after_it, before_it = says(out), lens(x), lens(x - out)
                 kept, taken = after_it == before_it, after_it == own and after_it != before_it
-                row = [own not in awake, own not in ten, float((w > 0).double().mean()), kept, taken]
+                marked, drawn = sum(says(values[:, i]) == own for i in range(view.neurons)), int((w > 0).sum())
+                dealt = math.comb(view.neurons - marked, drawn) / math.comb(view.neurons, drawn)
+                row = [own not in awake, dealt, own not in ten, float((w > 0).double().mean()), kept, taken]
                 row += [not kept and not taken, after_it == final]
                 table[site.layer] += torch.tensor([float(entry) for entry in row], dtype=torch.float64)
     return table / sum(len(item.suffix) for item in passages)
@@ -275,6 +277,13 @@ def test_shares_of_positions_are_the_slow_ones(family, view_of, monkeypatch):
         found = torch.tensor([notes[f"L{layer}"][name] for name in SHARES], dtype=torch.float64)
         assert_close(found, expected[layer])
     assert notes[f"L{view.layers - 1}"]["agrees_with_final"] == 1
+
+
+def test_the_chance_that_none_is_drawn_by_hand():
+    """5 cards, 2 marked: drawing none, 1, 3 and 4 misses both in 1, 3/5, 1/10 and 0 of all ways."""
+    drawn = torch.tensor([0, 1, 3, 4])
+    found = composition._none_drawn(5, torch.full_like(drawn, 2), drawn)
+    assert_close(found, torch.tensor([1, 0.6, 0.1, 0], dtype=torch.float64))
 
 
 def test_a_layer_of_one_neuron_composes_nothing(view_of):

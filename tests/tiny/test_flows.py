@@ -9,7 +9,7 @@ from torch.testing import assert_close
 
 from memloc.batches import pad
 from memloc.errors import InputError
-from memloc.flows import flows, removal_effects
+from memloc.gradients.flows import flows, removal_effects
 from memloc.localizers.grad_activation import GradActivation
 from memloc.objectives import suffix_nll
 from memloc.sites import Kind, Site

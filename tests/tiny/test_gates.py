@@ -8,8 +8,8 @@ import zoo
 from slow_gates import slow_nll, without
 from torch.testing import assert_close
 
+from memloc.ablations.gates import gate_count, gate_gradients, gate_sites, gated, silenced
 from memloc.errors import InputError
-from memloc.gates import gate_count, gate_gradients, gate_sites, gated, silenced
 from memloc.objectives import suffix_nll
 from memloc.scores import selected
 from memloc.sites import Grain, Kind, Site

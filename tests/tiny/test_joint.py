@@ -9,9 +9,9 @@ import zoo
 from slow_gates import slow_nll, without
 from torch.testing import assert_close
 
+from memloc.ablations.gates import gate_count, gate_sites, silenced
+from memloc.ablations.joint import joint_selection, removal_curves
 from memloc.errors import InputError
-from memloc.gates import gate_count, gate_sites, silenced
-from memloc.joint import joint_selection, removal_curves
 from memloc.localizers.activation import Activation
 from memloc.localizers.outlier_set import OutlierSet
 from memloc.localizers.random import Random

@@ -13,6 +13,7 @@ from torch.testing import assert_close
 from memloc.batches import batches
 from memloc.checks import check_localizer
 from memloc.errors import InputError, ModelError
+from memloc.gradients.ways import activation_of
 from memloc.localizers.integrated_gradients import IntegratedGradients
 from memloc.localizers.knowledge_neurons import CONVENTIONS, KnowledgeNeurons
 from memloc.measures.neuron_effects import neuron_effects, selections_of
@@ -21,7 +22,6 @@ from memloc.scores import selected
 from memloc.sites import Grain, Kind, Site
 from memloc.truth.planted import plant
 from memloc.view import ModelView
-from memloc.ways import activation_of
 
 every_family = pytest.mark.parametrize("family", zoo.FAMILIES)
 UNGATED = ("gpt2", "gpt_neo", "gpt_neox")

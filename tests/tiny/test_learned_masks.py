@@ -10,9 +10,9 @@ import zoo
 from torch.func import functional_call
 from torch.testing import assert_close
 
+from memloc.ablations.gates import gate_gradients, gate_sites
+from memloc.ablations.learned_masks import _seeds
 from memloc.errors import InputError
-from memloc.gates import gate_gradients, gate_sites
-from memloc.learned_masks import _seeds
 from memloc.localizers.hard_concrete import HardConcrete
 from memloc.localizers.slimming import TIE, Slimming
 from memloc.sites import Kind

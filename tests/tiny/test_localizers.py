@@ -10,17 +10,18 @@ import torch
 import zoo
 from torch.testing import assert_close
 
-from memloc import checks, paths
+from memloc import checks
 from memloc.batches import batches
 from memloc.checks import check_localizer, finds_the_planted_neuron
 from memloc.errors import InputError
+from memloc.gradients import paths
+from memloc.gradients.paths import rule
 from memloc.localizers.activation import Activation
 from memloc.localizers.integrated_gradients import IntegratedGradients
 from memloc.localizers.random import Random
 from memloc.localizers.weight_gradient import WeightGradient
 from memloc.methods import LOCALIZERS
 from memloc.objectives import suffix_nll
-from memloc.paths import rule
 from memloc.sites import Grain, Kind, Site
 from memloc.truth.planted import plant
 from memloc.view import ModelView

@@ -10,12 +10,12 @@ import torch
 import zoo
 from torch.testing import assert_close
 
-from memloc.attribution import Norm, attribute
 from memloc.batches import batches
 from memloc.errors import InputError, ModelError
 from memloc.localizers.logit_lens import LogitLens
 from memloc.objectives import suffix_logprobs
-from memloc.readout import Lens, lens, lens_table, spoken_at
+from memloc.reading.attribution import Norm, attribute
+from memloc.reading.readout import Lens, lens, lens_table, spoken_at
 from memloc.sites import OUTSIDE, Grain, Kind, Site
 from memloc.view import ModelView
 

@@ -10,11 +10,11 @@ import torch
 import zoo
 from torch.testing import assert_close
 
-from memloc import map_gradients
 from memloc.errors import ModelError
-from memloc.folding import WRITERS
+from memloc.gradients import map_gradients
+from memloc.gradients.folding import WRITERS
+from memloc.gradients.map_gradients import by_gram, pulls, squared_row_norms
 from memloc.localizers.weight_gradient import WeightGradient
-from memloc.map_gradients import by_gram, pulls, squared_row_norms
 from memloc.proof import prove_row
 from memloc.sites import Kind, Site
 from memloc.view import ModelView

@@ -8,11 +8,11 @@ import zoo
 from slow_gates import slow_nll
 from torch.testing import assert_close
 
+from memloc.ablations.gates import silenced
 from memloc.batches import pad
-from memloc.decoding import continuation
 from memloc.errors import InputError
-from memloc.gates import silenced
 from memloc.localizers.outlier_set import OutlierSet, _search
+from memloc.running.decoding import continuation
 from memloc.sites import Kind
 from memloc.truth.planted import plant
 from memloc.view import ModelView

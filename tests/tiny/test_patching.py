@@ -12,15 +12,17 @@ import zoo
 from torch import nn
 from torch.testing import assert_close
 
-from memloc.corruption import EMBED, Corruption
 from memloc.errors import InputError
-from memloc.first_order import FirstOrder
 from memloc.localizers.activation_patching import ActivationPatching
 from memloc.localizers.attribution_patching import AttributionPatching
 from memloc.localizers.causal_trace import CausalTrace
+from memloc.parts import in_parts
 from memloc.passages import Passage, Passages
-from memloc.patched import Sweep
-from memloc.places import READS, Places
+from memloc.patching.corruption import EMBED, Corruption
+from memloc.patching.first_order import FirstOrder
+from memloc.patching.places import READS, Places
+from memloc.patching.spot_check import Audit
+from memloc.patching.sweep import Sweep
 from memloc.sites import Kind, Site
 from memloc.view import ModelView
 
@@ -291,10 +293,10 @@ def test_verified_scores_are_exact_and_the_others_estimates(view_of):
 
 
 def test_an_audit_of_all_others_counts_the_missed_mass_itself(view_of):
-    view, passages = view_of("gpt2", torch.float64), zoo.passages(2)
+    view, passages = view_of("qwen3", torch.float64), zoo.passages(2)
     exact = ActivationPatching(grain="head", corrupt="zero", direction="noise")(view, passages)
     plain = AttributionPatching(grain="head")(view, passages)
-    notes = AttributionPatching(grain="head", verify=2, audit=100)(view, passages).notes
+    audit = Audit.of(AttributionPatching(grain="head", verify=2, audit=100)(view, passages).notes)
     missed, found, hits, places = 0.0, 0.0, 0, 0
     for name in passages.ids:
         line, true = (torch.cat([*entry.of(name).scores.values()]) for entry in (plain, exact))
@@ -303,13 +305,34 @@ def test_an_audit_of_all_others_counts_the_missed_mass_itself(view_of):
         found += float(true[best].clamp_min(0).sum()) / 2
         hits += int((true[rest] > true[best].min()).sum())
         places += len(rest)
-    assert notes["audit_places"] == places and notes["audit_hits"] == hits
-    assert_close(notes["missed"], missed, atol=1e-5, rtol=1e-5)
-    assert_close(notes["found"], found, atol=1e-5, rtol=1e-5)
-    assert notes["missed_low"] <= notes["missed"] <= notes["missed_high"]
-    assert notes["audit_share_low"] <= hits / places <= notes["audit_share_high"]
-    some = AttributionPatching(grain="head", verify=2, audit=1)(view, passages).notes
-    assert some["audit_places"] == 2
+    assert (audit.places, audit.hits) == (places, hits)
+    assert_close(audit.missed, missed, atol=1e-5, rtol=1e-5)
+    assert_close(audit.found, found, atol=1e-5, rtol=1e-5)
+    assert audit.interval[0] <= audit.missed <= audit.interval[1]
+    assert audit.share[0] <= hits / places <= audit.share[1]
+
+
+def test_an_audit_by_hand():
+    """Ten others, four looked at: 0.6 is above the least verified effect; the positive ones stand for 2.5 each."""
+    notes = {"verified_least": [0.5], "verified_found": [2.0], "audit_others": [10],
+             "audit_estimate": [[0.5, 0.1, 0.0, 0.4]], "audit_exact": [[0.6, 0.1, -0.2, 0.4]]}  # fmt: skip
+    audit = Audit.of(notes)
+    assert (audit.places, audit.hits, audit.found) == (4, 1, 2.0)
+    assert_close(audit.missed, 2.75)
+    assert_close(audit.error, 0.075)
+    assert 0 < audit.share[0] < 0.25 < audit.share[1] < 1
+
+
+def test_an_audit_is_the_same_in_parts(view_of, tmp_path):
+    view, passages = view_of("gpt2"), zoo.passages(3)
+    method = AttributionPatching(grain="head", verify=2, audit=3)
+    whole = Audit.of(method(view, passages).notes)
+    parts = Audit.of(in_parts(method, view, passages, tmp_path, size=2).notes)
+    assert whole.places == 9
+    for one, other in zip(dataclasses.astuple(whole), dataclasses.astuple(parts), strict=True):
+        assert_close(one, other, atol=1e-5, rtol=1e-4)
+    with pytest.raises(InputError, match="these notes hold no audit"):
+        Audit.of(AttributionPatching(verify=2)(view, passages).notes)
 
 
 def test_patching_all_places_together_is_told_beside_the_sum(view_of):

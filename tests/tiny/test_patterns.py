@@ -9,11 +9,11 @@ import torch
 import zoo
 from torch.testing import assert_close
 
-from memloc import patterns
 from memloc.batches import pad
 from memloc.checks import hands_off
 from memloc.errors import InputError, ModelError
-from memloc.patterns import Attention, short_circuit, split_heads, values_per_head
+from memloc.running import patterns
+from memloc.running.patterns import Attention, short_circuit, split_heads, values_per_head
 from memloc.sites import Kind, Site
 from memloc.view import ModelView
 

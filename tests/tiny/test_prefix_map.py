@@ -10,9 +10,9 @@ from torch.testing import assert_close
 from memloc.errors import InputError, ModelError
 from memloc.localizers.prefix_perturbation import EMBED, PrefixPerturbation
 from memloc.passages import Passage, Passages
-from memloc.perturbation import Exchanges, recited
-from memloc.resumed import LeftCache
-from memloc.twins import perturbed_twins
+from memloc.patching.perturbation import Exchanges, recited
+from memloc.patching.twins import perturbed_twins
+from memloc.running.resumed import LeftCache
 
 every_family = pytest.mark.parametrize("family", zoo.FAMILIES)
 

@@ -19,9 +19,9 @@ from memloc.errors import CheckpointError, InputError, MismatchError
 from memloc.localizers.layer_retrain import LayerRetrain
 from memloc.localizers.layer_rewind import LayerRewind
 from memloc.objectives import suffix_nll
-from memloc.rewinding import Kept, gradient_accounting, retrain, rewind, substituted
+from memloc.rewinding.groups import Kept, gradient_accounting, retrain, rewind, substituted
+from memloc.rewinding.snapshots import Snapshot, series
 from memloc.sites import Kind, Site
-from memloc.snapshots import Snapshot, series
 from memloc.view import ModelView
 
 every_family = pytest.mark.parametrize("family", zoo.FAMILIES)

@@ -12,7 +12,7 @@ from memloc.localizers.activation import Activation
 from memloc.localizers.participation_ratio import ParticipationRatio
 from memloc.localizers.random import Random
 from memloc.provenance import Provenance
-from memloc.rewinding import rewind
+from memloc.rewinding.groups import rewind
 from memloc.scores import Localization
 from memloc.sites import Grain, Kind
 from memloc.truth.classification import figures, long_tail, train, units_to_flip

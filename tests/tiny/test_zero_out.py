@@ -9,12 +9,12 @@ from slow_gates import slow_nll, slow_zero_out, without
 from torch import nn
 from torch.testing import assert_close
 
+from memloc.ablations.gates import gate_gradients, gate_sites
+from memloc.ablations.variants import Variants
 from memloc.errors import InputError
-from memloc.gates import gate_gradients, gate_sites
 from memloc.localizers import zero_out
 from memloc.localizers.zero_out import ZeroOut
 from memloc.sites import Kind, Site
-from memloc.variants import Variants
 from memloc.view import ModelView
 
 every_family = pytest.mark.parametrize("family", zoo.FAMILIES)

@@ -8,7 +8,9 @@ import math
 import pytest
 import torch
 
-from memloc.agreement import (
+from memloc.errors import InputError, MismatchError
+from memloc.provenance import Provenance
+from memloc.results.agreement import (
     agreement,
     agreements,
     by_layer,
@@ -19,8 +21,6 @@ from memloc.agreement import (
     spearman,
     stability,
 )
-from memloc.errors import InputError, MismatchError
-from memloc.provenance import Provenance
 from memloc.scores import Localization
 from memloc.sites import Grain, Kind, Site
 

@@ -9,10 +9,10 @@ import torch
 
 from memloc import plots
 from memloc.errors import InputError, MismatchError
-from memloc.maps import head_map, position_maps
 from memloc.provenance import Provenance
 from memloc.report import Located, Report
 from memloc.report.page import render_html
+from memloc.results.maps import head_map, position_maps
 from memloc.scores import Localization, selected
 from memloc.sites import OUTSIDE, Grain, Kind, Site
 

@@ -13,9 +13,10 @@ import torch
 from matplotlib.figure import Figure
 from report_samples import gradient, localization
 
-from memloc import plots, profiles
+from memloc import plots
 from memloc.errors import InputError, MismatchError
 from memloc.provenance import Provenance
+from memloc.results import profiles
 from memloc.scores import Localization
 from memloc.sites import Grain, Kind, Site
 

@@ -11,7 +11,7 @@ import torch
 from torch.testing import assert_close
 
 from memloc.passages import Passage
-from memloc.rarity import Types, average_ranks, passage_seed, pearson, spearman, token_counts
+from memloc.reading.rarity import Types, average_ranks, passage_seed, pearson, spearman, token_counts
 
 
 def slow_spearman(one, other):

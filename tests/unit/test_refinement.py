@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from memloc.errors import InputError
-from memloc.refinement import agreed, coarse, refine, shared
+from memloc.results.refinement import agreed, coarse, refine, shared
 
 
 def test_a_place_passes_where_its_score_reaches_the_bar_and_lies_above_zero():

@@ -9,9 +9,9 @@ from editors.alternative import own_alternative
 from editors.keep import Keep, Source
 from editors.replay import _grams, recites, self_replay, token_pool
 from memloc.batches import pad
-from memloc.decoding import continuation
 from memloc.errors import InputError
 from memloc.passages import Passage, Passages
+from memloc.running.decoding import continuation
 from memloc.view import ModelView
 
 

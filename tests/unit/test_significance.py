@@ -9,8 +9,8 @@ import torch
 
 from memloc.errors import InputError, MismatchError
 from memloc.provenance import Provenance
+from memloc.results.significance import _welch, passage_significance, q_values, set_significance
 from memloc.scores import Localization
-from memloc.significance import _welch, passage_significance, q_values, set_significance
 from memloc.sites import Grain, Kind, Site
 
 A, B = Site(0, Kind.MLP_OUT), Site(1, Kind.MLP_OUT)

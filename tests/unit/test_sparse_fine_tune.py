@@ -13,11 +13,11 @@ from editors.checks import check_editor, check_inside, hands_off
 from editors.descent import MaskedAdam, working_copy
 from editors.masks import weight_masks
 from editors.rewriters.sparse_fine_tune import SparseFineTune, Stop, Term
-from memloc.decoding import continuation
 from memloc.errors import InputError
 from memloc.objectives import suffix_logprobs
 from memloc.passages import Fact, Facts, Passage, Passages, Prompt
 from memloc.provenance import Provenance
+from memloc.running.decoding import continuation
 from memloc.scores import Selection, selected
 from memloc.sites import OUTSIDE, Grain, Kind, Site
 from memloc.view import ModelView

@@ -17,21 +17,21 @@ import pytest
 import torch
 
 from editors.cli import main
-from memloc.ablation import Ablation
-from memloc.ablation_plots import draw
+from memloc.ablations.ablation import Ablation
+from memloc.ablations.components import named, parts_of
 from memloc.checks import hands_off
-from memloc.components import named, parts_of
 from memloc.costs import counted
 from memloc.errors import ArtifactError, InputError, MemlocError, MismatchError
+from memloc.grids import work
+from memloc.grids.cells import Plan, folder_of
+from memloc.grids.grid import Grid
+from memloc.grids.plots import draw
+from memloc.grids.run import missing, sweep
+from memloc.grids.table import COLUMNS, Row, read_csv, table_of, write_csv, write_parquet
 from memloc.localizers.activation import Activation
 from memloc.measures.extraction import Extraction
 from memloc.passages import Passages
 from memloc.progress import listening
-from memloc.sweep import work
-from memloc.sweep.cells import Plan, folder_of
-from memloc.sweep.grid import Grid
-from memloc.sweep.run import missing, sweep
-from memloc.sweep.table import COLUMNS, Row, read_csv, table_of, write_csv, write_parquet
 from memloc.view import ModelView
 
 pytestmark = pytest.mark.lab

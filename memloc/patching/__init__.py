@@ -1,0 +1,1 @@
+"""Runs corrupted and patched: exactly, to first order, token by token."""

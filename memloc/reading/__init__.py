@@ -1,0 +1,1 @@
+"""What parts say, read through the unembedding: lenses, attribution, keys and values, rarity, spectra."""

@@ -1,0 +1,1 @@
+"""What scores say: shares, maps, agreement, which places count, what paraphrases share."""
