@@ -141,7 +141,11 @@ class Adapter:
 
     def _expect_digests(self, view: ModelView, told: Mapping[str, Mapping[str, Any]]) -> None:
         for name, entry in told.items():
-            found = digest_tensor(view.model.get_parameter(entry["parameter"]))
+            try:
+                found = digest_tensor(view.model.get_parameter(entry["parameter"]))
+            except AttributeError:
+                where = f"{self.folder}: its record names {entry['parameter']}"
+                raise MismatchError(f"{where}, which {view.name} has not: another base") from None
             if found == entry["after"]:
                 raise MismatchError(f"{self.folder}: {name} of {view.name} holds the adapter already, merged")
             if found != entry["before"]:

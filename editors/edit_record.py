@@ -78,7 +78,11 @@ def _whole(entry: Any) -> bool:
     if not isinstance(entry, dict) or not all(isinstance(entry.get(name), kind) for name, kind in _NEEDED.items()):
         return False
     tensors = all(
-        isinstance(tensor, dict) and {"parameter", "sites", "before", "after"} <= tensor.keys()
+        isinstance(tensor, dict)
+        and isinstance(tensor.get("parameter"), str)
+        and isinstance(tensor.get("before"), str)
+        and isinstance(tensor.get("sites"), list)
+        and isinstance(tensor.get("after", 0), str | None)
         for tensor in entry["tensors"].values()
     )
     return tensors and {"method", "settings", "seed", "inputs", "versions"} <= entry["provenance"].keys()

@@ -10,7 +10,7 @@ import warnings
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from zoo import FAMILIES, VOCAB, build
+from zoo import CONFIGS, VOCAB, build
 
 from editors.adapters import CONFIG, TENSORS
 from editors.checkpoint import apply_edit
@@ -63,7 +63,7 @@ def close(found, expected):
     torch.testing.assert_close(found, expected, atol=1e-5 * float(expected.abs().max()), rtol=0)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", CONFIGS)
 def test_peft_and_transformers_compute_with_the_adapter_what_the_edited_model_does(tmp_path, family):
     from peft import PeftModel
 
@@ -86,7 +86,7 @@ def test_peft_and_transformers_compute_with_the_adapter_what_the_edited_model_do
     close(logits(native), wanted)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", CONFIGS)
 def test_an_adapter_comes_back_as_the_same_edit(tmp_path, family):
     view, edit, _ = exported(tmp_path, family)
     back = Edit.from_adapter(view, tmp_path / "adapter")
@@ -271,13 +271,18 @@ def test_an_adapter_that_is_merged_already_is_refused(tmp_path):
 
 
 def test_an_adapter_of_another_base_is_refused(tmp_path):
-    _, edit, _ = exported(tmp_path)
+    view, edit, _ = exported(tmp_path)
     folder = tmp_path / "adapter"
     other = ModelView.open(build("llama", seed=1))
     refuse(other, folder, MismatchError, "with digest .* another base")
     refuse(ModelView.open(build("gpt2")), folder, MismatchError, "is no map of GPT2LMHeadModel; .* another base")
     wider = ModelView.open(build("llama", intermediate_size=41))
     refuse(wider, folder, MismatchError, r"down_proj is \[24, 37\], .* has \[24, 41\].* another base")
+    told = (folder / "memloc_edit.json").read_text()
+    (folder / "memloc_edit.json").write_text(told.replace("model.layers.0.mlp.up_proj", "model.nowhere"))
+    refuse(view, folder, MismatchError, r"its record names model\.nowhere.weight, which .* has not")
+    (folder / "memloc_edit.json").write_text(told.replace('"before"', '"former"'))
+    refuse(view, folder, CheckpointError, r"memloc_edit\.json cannot be read")
     (folder / "memloc_edit.json").unlink()
     refuse(other, folder, MismatchError, "is not that of .*base, the adapter's base")
     with pytest.raises(MismatchError, match="the edit was made for"):

@@ -6,7 +6,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from small_models import bits, contents
-from zoo import FAMILIES, build
+from zoo import CONFIGS, build
 
 from editors import disk_names
 from editors.binding import Touched
@@ -48,7 +48,7 @@ def by_hand(parameter: str, stored: torch.Tensor) -> Edit:
     return Edit({site: Dense(torch.ones(stored.shape))}, {site: touched}, Provenance("by hand"))
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", CONFIGS)
 def test_what_loading_renames_agrees_with_the_names_themselves(tmp_path, family):
     """Two ways that know nothing of each other; a tied unembedding has no tensor of its own in either."""
     model = build(family)
