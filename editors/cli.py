@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from editors.methods import EDITORS
+from editors.verbs import export
+from editors.verbs.export import print_written
 from memloc import cli as looking
 from memloc import command
 from memloc.command import Verb, common, out
@@ -21,7 +23,6 @@ from memloc.terminal import Terminal, complain
 
 if TYPE_CHECKING:
     from editors.base import Request
-    from editors.checkpoint import Written
     from editors.edit import Edit
     from memloc.scores import Selection
     from memloc.view import ModelView
@@ -154,7 +155,7 @@ def _apply(arguments: argparse.Namespace, terminal: Terminal) -> None:
     from editors.edit import Edit
 
     written = apply_edit(Edit.load(arguments.edit), Path(arguments.model), arguments.out, link=arguments.link)
-    _print_written(written, terminal)
+    print_written(written, terminal)
 
 
 def _undo(arguments: argparse.Namespace, terminal: Terminal) -> None:
@@ -162,16 +163,7 @@ def _undo(arguments: argparse.Namespace, terminal: Terminal) -> None:
     from editors.edit import Edit
 
     written = undo_edit(Edit.load(arguments.edit), Path(arguments.model), arguments.out, link=arguments.link)
-    _print_written(written, terminal)
-
-
-def _print_written(written: Written, terminal: Terminal) -> None:
-    rows = [["folder", str(written.folder)]]
-    rows += [[name, "changed at " + ", ".join(map(str, sites))] for name, sites in written.tensors.items()]
-    rows += [[name, "copied"] for name in written.copied] + [[name, "linked"] for name in written.linked]
-    rows += [[name, f"left out: {why}"] for name, why in written.dropped.items()]
-    terminal.table("checkpoint written", ["what", "how"], rows)
-    terminal.result(written.to_json())
+    print_written(written, terminal)
 
 
 def _demo_flags(parser: argparse.ArgumentParser) -> None:
@@ -195,6 +187,7 @@ def verbs() -> tuple[Verb, ...]:
         Verb("edit", "compute an edit; no checkpoint is written", _edit_flags, _edit, EDITORS),
         Verb("apply", "write a checkpoint folder with an edit in it", _apply_flags, _apply),
         Verb("undo", "write the checkpoint folder as it was before an edit", _apply_flags, _undo),
+        Verb("export", "write an edit as a PEFT adapter or a checkpoint with its model card", export.flags, export.run),
         report,
         Verb("demo", "the whole loop on a model trained on the spot", _demo_flags, _demo),
     )

@@ -22,7 +22,7 @@ FLOORS: tuple[str, ...] = (
     "memloc memloc.errors memloc.hooks memloc.progress memloc.statistics",
     "memloc.flags memloc.provenance memloc.registry memloc.sites memloc.store memloc.terminal",
     "memloc.architectures memloc.measurement memloc.methods memloc.passages memloc.scores",
-    "memloc.batches memloc.loading memloc.results",
+    "memloc.batches memloc.formats memloc.loading memloc.results",
     "memloc.plots memloc.proof",
     "memloc.report memloc.view",
     "memloc.command memloc.costs memloc.lab memloc.moments memloc.notebook memloc.objectives memloc.parts "
@@ -35,11 +35,12 @@ FLOORS: tuple[str, ...] = (
     "editors editors.methods editors.deltas editors.rounding editors.packing editors.shards editors.masks",
     "editors.contexts editors.patch editors.descent editors.replay editors.keep editors.least_squares",
     "editors.binding editors.alternative editors.keys_values editors.own_words",
-    "editors.edit_file",
+    "editors.disk_names editors.edit_file editors.edit_record editors.model_card",
+    "editors.adapters",
     "editors.edit",
-    "editors.base editors.checkpoint editors.export editors.control editors.trial",
-    "editors.rewriters editors.pruners editors.checks",
-    "editors.demo",
+    "editors.base editors.checkpoint editors.control editors.trial",
+    "editors.export editors.rewriters editors.pruners editors.checks",
+    "editors.demo editors.verbs",
     "editors.cli",
 )
 """Lowest first. A package stands for all its files. A file imports from floors below its own, or its own package."""
