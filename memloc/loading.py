@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from memloc.architectures import row_for
 from memloc.errors import CheckpointError
 
 
@@ -22,10 +21,9 @@ def load(model: str | Path, dtype: torch.dtype | None = None) -> tuple[nn.Module
 
     Raises:
         CheckpointError: missing, truncated, pickled, or with weights missing.
-        ModelError: the family has no row.
     """
     from safetensors import SafetensorError
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM, AutoTokenizer
 
     folder = Path(model)
     if folder.exists():
@@ -34,7 +32,6 @@ def load(model: str | Path, dtype: torch.dtype | None = None) -> tuple[nn.Module
         raise CheckpointError(f"{model}: no such folder")
     try:
         with quiet():
-            row_for(AutoConfig.from_pretrained(str(model)))
             loaded, info = AutoModelForCausalLM.from_pretrained(
                 str(model), dtype=dtype or "auto", use_safetensors=True, output_loading_info=True
             )

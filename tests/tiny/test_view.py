@@ -48,7 +48,7 @@ WRONG = {
     ),
     "fused layout": (
         "gpt_neox",
-        {"fused": Fused("attention.query_key_value", "qkv")},
+        {"fused": (Fused("attention.query_key_value", "qkv"),)},
         r"^L0\.attn\.v: values at position 0 differs? by .* check the fused layout",
     ),
     "final norm": (
