@@ -98,11 +98,11 @@ class Call:
 
     def fitted(self, rows: int) -> Call:
         """The call for so many rows, where it had one: what is not broadcast over rows is repeated."""
-        # Masks and positions of one row broadcast. Alibi is the exception: its first axis is rows · heads.
+        # Masks and positions of one row broadcast. Alibi does not: its first axis may be rows · heads.
         alibi = self.kwargs.get("alibi")
         if rows == self.rows or self.rows != 1 or alibi is None:
             return self
-        return Call(self.args, {**self.kwargs, "alibi": alibi.repeat(rows, 1, 1)}, rows)
+        return Call(self.args, {**self.kwargs, "alibi": alibi.repeat(rows, *[1] * (alibi.dim() - 1))}, rows)
 
 
 @contextlib.contextmanager
@@ -118,6 +118,22 @@ def record_calls(modules: Mapping[K, nn.Module]) -> Iterator[dict[K, Call]]:
                 seen[key] = Call(args[1:], rest, len(entering))
 
             stack.callback(module.register_forward_pre_hook(hook, with_kwargs=True).remove)
+        yield seen
+
+
+@contextlib.contextmanager
+def record_order(modules: Mapping[K, nn.Module]) -> Iterator[list[tuple[K, Tensor, Tensor]]]:
+    """Every call of `modules` inside the block, in order: the key, copies of what entered and of what came out."""
+    seen: list[tuple[K, Tensor, Tensor]] = []
+    with contextlib.ExitStack() as stack:
+        for key, module in modules.items():
+
+            def hook(_: nn.Module, args: tuple[Any, ...], output: Any, key: K = key) -> None:
+                if args and isinstance(args[0], Tensor) and isinstance(first(output), Tensor):
+                    # Copies: some models add in place onto what a map put out.
+                    seen.append((key, args[0].detach().clone(), first(output).detach().clone()))
+
+            stack.callback(module.register_forward_hook(hook).remove)
         yield seen
 
 

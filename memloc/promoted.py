@@ -8,12 +8,20 @@ import torch
 from torch import Tensor
 
 from memloc.attribution import Norm
+from memloc.errors import ModelError
 from memloc.progress import steps
 from memloc.sites import OUTSIDE, Kind, Site
 from memloc.view import ModelView
 
 CHUNK = 1 << 24
 """Logits alive at once."""
+
+
+def no_direct_path(view: ModelView) -> str | None:
+    """Why the values of neurons cannot be read straight in this family, or None where they can."""
+    if Kind.MLP_OUT not in view.row.added:
+        return None
+    return f"{view.row.added[Kind.MLP_OUT]} norms what mlp.out writes, so no neuron's value reaches the stream as it is"
 
 
 @dataclass(frozen=True)
@@ -35,7 +43,13 @@ class DirectPath:
     @classmethod
     @torch.no_grad()
     def of(cls, view: ModelView) -> DirectPath:
-        """Of a model. Cost: no block is run."""
+        """Of a model. Cost: no block is run.
+
+        Raises:
+            ModelError: its blocks norm what they write, so that no neuron's value reaches the stream as it is.
+        """
+        if Kind.MLP_OUT in view.row.added:
+            raise ModelError(f"{view.row.family}: {no_direct_path(view)}")
         norm = Norm.of(view)
         return cls(view, norm, view.weight(Site(OUTSIDE, Kind.UNEMBED)).detach().to(norm.gain))
 

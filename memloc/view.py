@@ -19,11 +19,13 @@ import torch
 from torch import Tensor, nn
 
 from memloc import hooks
-from memloc.architectures import Place, Row, Shape, row_for
+from memloc.architectures import Place, Row, Shape, row_in_table
 from memloc.batches import Batch, batches
+from memloc.call_order import rows_by_call_order
 from memloc.errors import InputError, ModelError
 from memloc.loading import load
 from memloc.passages import Passages, decode
+from memloc.paths_given import Given, given_paths
 from memloc.proof import prove_row
 from memloc.provenance import digest_tensor
 from memloc.sites import OUTSIDE, Kind, Site
@@ -69,6 +71,7 @@ class ModelView:
         dtype: torch.dtype | None = None,
         device: str | torch.device | None = None,
         prove: bool = True,
+        paths: Mapping[str, str] | str | Path | None = None,
     ) -> ModelView:
         """Look at a model in memory, a local checkpoint folder, or a name on the hub; prove its row.
 
@@ -78,10 +81,12 @@ class ModelView:
             dtype: load in this dtype; by default the stored one.
             device: where to put a loaded model; by default the CPU.
             prove: check the row by arithmetic on one small forward (some milliseconds for small models).
+            paths: module paths as editing configurations name them, or a file of them; see `memloc.paths_given`.
 
         Raises:
             CheckpointError: the folder cannot be read, or holds only pickles.
-            ModelError: unknown family, quantised, offloaded, not finite, or the row fails its proof.
+            ModelError: quantised, offloaded, not finite, the row fails its proof; or the family has none, and none that
+                passes could be found in the order of the model's calls.
         """
         if isinstance(model, ModelView):
             return model
@@ -92,10 +97,38 @@ class ModelView:
             tokenizer = tokenizer if tokenizer is not None else found
         if device is not None:
             model = model.to(device)
-        view = cls(model, row_for(model.config), tokenizer, name)
+        given = given_paths(paths)
+        row = row_in_table(model.config)
+        if row is None or given:
+            return cls._found(model, given, tokenizer, name)
+        view = cls(model, row, tokenizer, name)
         if prove:
             prove_row(view)
         return view
+
+    @classmethod
+    def _found(cls, model: Any, given: Given, tokenizer: Any, name: str) -> ModelView:
+        """A view by a row that is not in the table, or with paths of the caller's: always proved."""
+        known = row_in_table(model.config)
+        if known is not None:
+            view = cls(model, given.over(known, model), tokenizer, name)
+            prove_row(view)
+            return view
+        reasons: list[str] = []
+        kind, model = getattr(model.config, "model_type", type(model).__name__), model.eval()
+        try:
+            for row in rows_by_call_order(model, given.hints(model)):
+                try:
+                    view = cls(model, row, tokenizer, name)
+                    prove_row(view)
+                except ModelError as error:
+                    reasons.append(str(error))
+                else:
+                    return view
+        except ModelError as error:
+            reasons.insert(0, str(error))
+        raise ModelError(f"no row for the model type {kind!r}, and none that its calls suggest is true: {reasons[0]}; name "
+                         "its paths (--paths), or add a row to memloc/architectures.py")  # fmt: skip
 
     # -- places -------------------------------------------------------------------------------------------------
 
