@@ -8,7 +8,7 @@ out. A name is asked for one thing only: attention's maps are those below a modu
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -126,8 +126,6 @@ class _Calls:
             overwrites=True,
             found=True,
         )
-        from dataclasses import replace
-
         yield one
         yield replace(one, norm_offset=1.0)
         if one.added:
@@ -187,7 +185,7 @@ QKV = (Kind.ATTN_Q, Kind.ATTN_K, Kind.ATTN_V)
 
 def _attention_maps(found: list[HEARD]) -> Iterator[_Maps]:
     if len(found) == 1:
-        for layout in ("qkv", "per-head"):
+        for layout in ("per-head", "qkv"):
             yield _Maps({}, (Fused(found[0][0], layout),), dict.fromkeys(QKV, found[0]))
         return
     if len(found) != 3:

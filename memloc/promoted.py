@@ -48,8 +48,9 @@ class DirectPath:
         Raises:
             ModelError: its blocks norm what they write, so that no neuron's value reaches the stream as it is.
         """
-        if Kind.MLP_OUT in view.row.added:
-            raise ModelError(f"{view.row.family}: {no_direct_path(view)}")
+        reason = no_direct_path(view)
+        if reason is not None:
+            raise ModelError(f"{view.row.family}: {reason}")
         norm = Norm.of(view)
         return cls(view, norm, view.weight(Site(OUTSIDE, Kind.UNEMBED)).detach().to(norm.gain))
 

@@ -375,8 +375,10 @@ class ModelView:
         return getattr(self.model, self.model.base_model_prefix)
 
     def _inputs(self, batch: Batch) -> dict[str, Any]:
-        # Given also where nothing is padded: without one, transformers warns of every row that ends in the pad token.
-        return {"input_ids": batch.ids, "attention_mask": batch.mask.long(), "use_cache": False}
+        # Padding is on the right, where no real token sees it, so it needs no mask; masked, a padded token under a
+        # sliding window would see nothing at all, which some attention makes NaN of. All ones, not none: without a
+        # mask, transformers warns of every row that ends in the pad token.
+        return {"input_ids": batch.ids, "attention_mask": torch.ones_like(batch.ids), "use_cache": False}
 
     @cached_property
     def _quantised(self) -> bool:

@@ -17,7 +17,7 @@ from memloc.costs import Cost, block_tokens, pass_bytes, widest
 from memloc.errors import InputError
 from memloc.passages import Passages
 from memloc.progress import steps
-from memloc.promoted import CHUNK, DirectPath, Promoted
+from memloc.promoted import CHUNK, DirectPath, Promoted, no_direct_path
 from memloc.provenance import Provenance, settings_of
 from memloc.scores import Localization
 from memloc.sites import Grain, Kind, Site
@@ -114,6 +114,11 @@ class FfnMemory:
         inputs |= {} if contrast is None else {"contrast": contrast.digest}
         provenance = Provenance("ffn-memory", settings_of(self), seed=self.seed, inputs=inputs)
         return Localization(Grain.NEURON, by_site, provenance, passages.ids, notes)
+
+    @staticmethod
+    def refuses(view: ModelView) -> str | None:
+        """Why it has nothing to say of this family, or None."""
+        return no_direct_path(view)
 
     def cost(self, view: ModelView, passages: Passages, *, contrast: Passages | None = None) -> Cost:
         """A forward over the corpus of triggers (less, where `table` holds some already) and one over the passages."""
