@@ -230,8 +230,12 @@ def _block_list(model: Any, modules: Mapping[str, nn.Module]) -> str:
 def _run(model: Any, leaves: Mapping[str, nn.Module]) -> list[HEARD]:
     ids = torch.randint(int(model.config.vocab_size), (2, 5), generator=torch.Generator().manual_seed(0))
     device = model.get_input_embeddings().weight.device
-    with hooks.record_order(leaves) as seen:
-        model(input_ids=ids.to(device), use_cache=False)
+    try:
+        with hooks.record_order(leaves) as seen:
+            model(input_ids=ids.to(device), use_cache=False)
+    except (RuntimeError, ValueError, TypeError) as error:
+        why = " ".join(str(error).split())[:200]
+        raise ModelError(f"one forward pass of two short rows fails ({why})") from error
     return seen
 
 
