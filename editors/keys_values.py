@@ -15,7 +15,7 @@ from torch import Tensor
 from editors.contexts import Demand, Row, check_context
 from memloc.batches import pad
 from memloc.hooks import Side
-from memloc.sites import Site
+from memloc.sites import Kind, Site
 from memloc.view import ModelView
 
 
@@ -224,7 +224,6 @@ class _Stage:
         added = residual[line, self.at] + self._moved(change[self.fact])
         hidden = self.tail.hidden(residual.index_put((line, self.at), added.to(residual.dtype)))
         return self.view.unembed(hidden[self.row, self.column]).log_softmax(-1)
-
 
     def _moved(self, change: Tensor) -> Tensor:
         """How far the stream moves, [n, d], where `mlp.out` writes so much more: as far, but where that is normed."""

@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from memloc.errors import ModelError
 from memloc.sites import Kind
 
-
 QKV = (Kind.ATTN_Q, Kind.ATTN_K, Kind.ATTN_V)
 GATED = (Kind.MLP_GATE, Kind.MLP_IN)
 

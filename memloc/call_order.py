@@ -206,9 +206,7 @@ def _mlp_maps(found: list[HEARD], neurons: int) -> Iterator[_Maps]:
         yield _Maps({Kind.MLP_IN: single[0][0]}, (), {Kind.MLP_IN: single[0]})
     elif len(single) == 2:
         for gate, into in (single, single[::-1]):
-            yield _Maps(
-                {Kind.MLP_GATE: gate[0], Kind.MLP_IN: into[0]}, (), {Kind.MLP_GATE: gate, Kind.MLP_IN: into}
-            )
+            yield _Maps({Kind.MLP_GATE: gate[0], Kind.MLP_IN: into[0]}, (), {Kind.MLP_GATE: gate, Kind.MLP_IN: into})
     elif len(double) == 1:
         both = {Kind.MLP_GATE: double[0], Kind.MLP_IN: double[0]}
         yield _Maps({}, (Fused(double[0][0], "gate-in"),), both)

@@ -205,7 +205,7 @@ def _unflattened(
     def shown(key: K, tensor: Tensor) -> Tensor | None:
         if block is None or tensor.dim() != 2:
             return visit(key, tensor)
-        whole = tensor.unflatten(0, tokens[block])
+        whole = tensor.view(*tokens[block], -1)
         found = visit(key, whole)
         # Put back also where nothing is changed: what was shown must be what the gradient passes through.
         return (whole if found is None else found).flatten(0, 1)

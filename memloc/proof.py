@@ -55,10 +55,16 @@ def prove_row(view: ModelView) -> None:
         _prove_values(view, layer, inputs, outputs)
         _prove_gate(view, layer, inputs, outputs)
         with torch.no_grad():
-            parts = [view.added(site, outputs[site]) for site in (Site(layer, k) for k in (Kind.ATTN_OUT, Kind.MLP_OUT))]
+            parts = [
+                view.added(site, outputs[site]) for site in (Site(layer, k) for k in (Kind.ATTN_OUT, Kind.MLP_OUT))
+            ]
         added = before[layer] + parts[0] + parts[1]
         _same(
-            f"L{layer}", "the block's output", added, after[layer], "input + attention + mlp; check attn.out, mlp.out and added"
+            f"L{layer}",
+            "the block's output",
+            added,
+            after[layer],
+            "input + attention + mlp; check attn.out, mlp.out and added",
         )
     with torch.no_grad():
         spoken = view.unembed(view.final_norm(after[view.layers - 1]))
@@ -111,7 +117,9 @@ def _prove_values(view: ModelView, layer: int, inputs: Mapping[Site, Tensor], ou
     value = Site(layer, Kind.ATTN_V)
     made = _own(view, value, outputs)[:, 0]
     if made.shape[1] % view.kv_heads or view.heads % view.kv_heads:
-        raise ModelError(f"{value}: {made.shape[1]} values in {view.kv_heads} groups for {view.heads} heads; check fused")
+        raise ModelError(
+            f"{value}: {made.shape[1]} values in {view.kv_heads} groups for {view.heads} heads; check fused"
+        )
     groups = view.heads // view.kv_heads
     made = made.reshape(len(made), view.kv_heads, -1).repeat_interleave(groups, 1).flatten(1)
     heads = inputs[Site(layer, Kind.ATTN_OUT)][:, 0]
@@ -128,7 +136,9 @@ def _all_called(
         path = view.row.norms.get(site.kind)
         if site not in inputs or (path is not None and (site.layer, path, "output") not in normed):
             what = view.row.path(site.kind) if site not in inputs else path
-            raise ModelError(f"{site}: {what} is not called in a forward pass, so nothing can be read there; check maps")
+            raise ModelError(
+                f"{site}: {what} is not called in a forward pass, so nothing can be read there; check maps"
+            )
 
 
 def _prove_gate(view: ModelView, layer: int, inputs: Mapping[Site, Tensor], outputs: Mapping[Site, Tensor]) -> None:
@@ -144,8 +154,8 @@ def _prove_gate(view: ModelView, layer: int, inputs: Mapping[Site, Tensor], outp
             made = module(opened) * passed
             if made.shape == neurons.shape and float((made - neurons).abs().max()) <= allowed:
                 return
-    raise ModelError(f"{gate}: neurons are no function of the gate times mlp.in; check mlp.gate, mlp.in and their layout "
-                     "(memloc/architectures.py)")  # fmt: skip
+    raise ModelError(f"{gate}: neurons are no function of the gate times mlp.in; check mlp.gate, mlp.in and "
+                     "their layout (memloc/architectures.py)")  # fmt: skip
 
 
 def _contents(module: nn.Module) -> Iterator[object]:

@@ -104,7 +104,7 @@ class Variants:
         return self._less(layer, spoken, values, slice(None))
 
     def _less(self, layer: int, steps: Tensor, directions: Tensor, where: slice) -> Tensor:
-        """The stream after block `layer` at some positions, had `mlp.out` written `steps[n, s] · directions[n]` less."""
+        """The stream after block `layer`, some positions, had `mlp.out` written `steps[n, s] · directions[n]` less."""
         above, steps, directions = _wide(self.above[layer][where]), _wide(steps)[..., None], _wide(directions)[:, None]
         site, dtype = Site(layer, Kind.MLP_OUT), self.view.dtype
         if site.kind not in self.view.row.added:

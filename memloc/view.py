@@ -127,8 +127,8 @@ class ModelView:
                     return view
         except ModelError as error:
             reasons.insert(0, str(error))
-        raise ModelError(f"no row for the model type {kind!r}, and none that its calls suggest is true: {reasons[0]}; name "
-                         "its paths (--paths), or add a row to memloc/architectures.py")  # fmt: skip
+        raise ModelError(f"no row for the model type {kind!r}, and none that its calls suggest is true: {reasons[0]}; "
+                         "name its paths (--paths), or add a row to memloc/architectures.py")  # fmt: skip
 
     # -- places -------------------------------------------------------------------------------------------------
 
@@ -241,7 +241,7 @@ class ModelView:
 
     @property
     def soft_cap(self) -> float | None:
-        """c where the model's logits are c·tanh(logits / c), so that none is larger than c; None where they are not."""
+        """The c of logits that are c·tanh(logits / c), so that none is larger than c; None where they are not."""
         cap = getattr(self.config, "final_logit_softcapping", None)
         return None if cap is None else float(cap)
 

@@ -89,7 +89,7 @@ def _nll(model, item):
 @pytest.mark.parametrize(
     "kind, changes, says",
     [
-        ("Cohere", {"logit_scale": 0.5}, r"'cohere', and none that its calls suggest is true: unembed: the logits differs"),
+        ("Cohere", {"logit_scale": 0.5}, r"'cohere', and none that its calls suggest is true: unembed: the logits"),
         ("Granite", {"residual_multiplier": 0.5}, r"'granite', .* L0: the block's output differs"),
         ("Mixtral", {}, r"'mixtral', .* no linear map of the MLP puts out the stream's 24 numbers"),
         ("Mamba", {}, r"'mamba', .* no linear map of attention puts out"),
@@ -158,7 +158,7 @@ def test_paths_help_where_the_calls_say_too_little():
     [
         ({"ln_f_module": "transformer.h.0.ln_1"}, ModelError, r"unembed: the logits differs"),
         ({"ln_f_module": "model.norm"}, ModelError, r"paths: ln_f_module names model\.norm, which the model has not"),
-        ({"attn_module_tmp": "transformer.h.{}.mlp"}, ModelError, r"attn_module_tmp names mlp, but attn\.out of GPT-2 is"),
+        ({"attn_module_tmp": "transformer.h.{}.mlp"}, ModelError, r"attn_module_tmp names mlp, but attn\.out of GPT-2"),
         ({"rewrite_module_tmp": "transformer.h.3.mlp"}, InputError, r"expected one \{\} for the number of the block"),
         ({"rewrite_module_tmp": "x.{}.mlp.c_proj"}, (InputError, ModelError), r"rewrite_module_tmp"),
         ({"lm_head_module": 3}, InputError, r"lm_head_module is 3; expected a module path"),
@@ -178,5 +178,3 @@ def test_a_file_without_paths_is_one_line(tmp_path):
         ModelView.open(zoo.build("gpt2"), paths=tmp_path / "x.json")
     with pytest.raises(InputError, match=r"none\.yaml cannot be read"):
         ModelView.open(zoo.build("gpt2"), paths=tmp_path / "none.yaml")
-
-

@@ -14,6 +14,8 @@ from torch.testing import assert_close
 from editors.base import Request
 from editors.checks import check_applies_and_undoes, check_survives_disk
 from editors.cli import main
+from editors.contexts import Demand, Row
+from editors.keys_values import Descent, optimise_values
 from editors.methods import EDITORS
 from editors.pruners.neuron_dropout import NeuronDropout
 from editors.rewriters.sparse_fine_tune import SparseFineTune
@@ -294,6 +296,24 @@ def test_edits_round_trip_to_the_bit(family, tmp_path):
             edit = editor(view, request)
         check_survives_disk(edit, tmp_path / f"{name}.safetensors")
         check_applies_and_undoes(edit, view)
+
+
+@pytest.mark.parametrize("family", ["gemma2", "olmo2", "opt", "falcon", "phi"])
+def test_values_are_sought_where_the_model_would_feel_them(family, view_of):
+    """What the search takes for the model's answer is what a hook on `mlp.out` makes of the model."""
+    view, ids, at = view_of(family, torch.float64), (5, 9, 2, 7, 11), 3
+    asked = Demand((Row(ids, at),), (41,), None)
+    found = optimise_values(view, 1, [asked], torch.tensor([2.0]), Descent(steps=4, lr=0.3, clamp=9.0))
+
+    def change(_, tensor):
+        tensor = tensor.clone()
+        tensor[:, at] += found.change[0].to(tensor)
+        return tensor
+
+    with torch.no_grad(), view.replace([Site(1, Kind.MLP_OUT)], change, side="output"):
+        said = view.model(torch.tensor([ids]), use_cache=False).logits[0, -1].softmax(-1)[41]
+    assert_close(found.after[0].double(), said, atol=1e-6, rtol=1e-4)
+    assert float(found.after[0]) != float(found.before[0])
 
 
 def test_every_editor_has_its_round_trip_here_or_in_its_own_tests():
