@@ -186,7 +186,7 @@ def test_every_method_passes_the_battery_in_unusual_families(name, family, view_
         method = cases.made(name, view, tmp_path)
         if hasattr(method, "halvings"):
             # Where what is written is normed, paths bend sharply near 0, and halving them takes its time.
-            method = dataclasses.replace(method, halvings=1)
+            method = dataclasses.replace(method, halvings=0, nodes=4)
         check_localizer(method, view, zoo.passages(3), contrast=zoo.passages(2, seed=9))
 
 
@@ -302,7 +302,7 @@ def test_edits_round_trip_to_the_bit(family, tmp_path):
 def test_values_are_sought_where_the_model_would_feel_them(family, view_of):
     """What the search takes for the model's answer is what a hook on `mlp.out` makes of the model."""
     view, ids, at = view_of(family, torch.float64), (5, 9, 2, 7, 11), 3
-    asked = Demand((Row(ids, at),), (41,), None)
+    asked = Demand("f", (Row(ids, at),), (41,))
     found = optimise_values(view, 1, [asked], torch.tensor([2.0]), Descent(steps=4, lr=0.3, clamp=9.0))
 
     def change(_, tensor):
