@@ -21,17 +21,17 @@ from editors.pruners.neuron_dropout import NeuronDropout
 from editors.rewriters.sparse_fine_tune import SparseFineTune
 from memloc import architectures
 from memloc.architectures import Fused
-from memloc.attribution import Norm, attribute
 from memloc.checks import check_localizer, hands_off, shape_of
-from memloc.corruption import Corruption
 from memloc.errors import ModelError
 from memloc.localizers.integrated_gradients import IntegratedGradients
 from memloc.localizers.logit_lens import LogitLens
 from memloc.localizers.zero_out import ZeroOut
 from memloc.methods import LOCALIZERS
 from memloc.objectives import suffix_nll
+from memloc.patching.corruption import Corruption
 from memloc.proof import prove_row
 from memloc.provenance import Provenance
+from memloc.reading.attribution import Norm, attribute
 from memloc.scores import Selection, selected
 from memloc.sites import OUTSIDE, Grain, Kind, Site
 from memloc.verbs.check import refusal
