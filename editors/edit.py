@@ -27,6 +27,7 @@ from editors.patch import DTYPES, Survival, add_to, dtype_name, empty_repair, ta
 from editors.rounding import Rounding
 from memloc import store
 from memloc.errors import ArtifactError, InputError, MismatchError, ModelError
+from memloc.lazy import method
 from memloc.provenance import Provenance, digest_json, digest_tensor
 from memloc.sites import Site
 
@@ -56,6 +57,9 @@ class Edit:
     rounding: Rounding = "nearest"
     rounding_seed: int = 0
     notes: Mapping[str, Any] = field(default_factory=dict)
+
+    __repr__ = method("memloc.notebook:plain")
+    _repr_html_ = method("memloc.notebook:html")
 
     def __post_init__(self) -> None:
         if not self.deltas or set(self.deltas) != set(self.touched):

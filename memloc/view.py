@@ -23,6 +23,7 @@ from memloc.architectures import Place, Row, Shape, row_in_table
 from memloc.batches import Batch, batches
 from memloc.call_order import rows_by_call_order
 from memloc.errors import InputError, ModelError
+from memloc.lazy import method
 from memloc.loading import load
 from memloc.passages import Passages, decode
 from memloc.paths_given import Given, given_paths
@@ -43,6 +44,9 @@ class ModelView:
     Raises:
         ModelError: a parameter is quantised, offloaded or not finite.
     """
+
+    __repr__ = method("memloc.notebook:plain")
+    _repr_html_ = method("memloc.notebook:html")
 
     def __init__(self, model: Any, row: Row, tokenizer: Any = None, name: str = "") -> None:
         self.model: Any = model.eval()
