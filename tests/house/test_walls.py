@@ -22,7 +22,7 @@ FLOORS: tuple[str, ...] = (
     "memloc.flags memloc.provenance memloc.registry memloc.sites memloc.store memloc.terminal",
     "memloc.architectures memloc.measurement memloc.methods memloc.passages memloc.scores",
     "memloc.batches memloc.loading memloc.results",
-    "memloc.plots memloc.proof",
+    "memloc.engines memloc.plots memloc.proof",
     "memloc.report memloc.view",
     "memloc.command memloc.costs memloc.lab memloc.moments memloc.objectives memloc.parts memloc.reading",
     "memloc.rewinding memloc.running",
