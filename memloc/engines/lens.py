@@ -75,7 +75,9 @@ class BridgeEngine:
         self.bridge = bridge
         self._paths = {id(module): path for path, module in model.named_modules()}
         self._modules = list(model.modules())
+        self._components = dict(_components(bridge.original_model))
         self._copied = dict(_copied(bridge.original_model, model))
+        self.runs = 0
         self._versions = {name: parameter._version for name, parameter in self._copied.items()}
 
     @contextlib.contextmanager
@@ -86,11 +88,12 @@ class BridgeEngine:
             ModelError: no hook point there, or none was passed in a run.
         """
         passed: dict[K, bool] = {}
+        runs = self.runs
         with contextlib.ExitStack() as stack:
             for key, point in points.items():
                 stack.callback(_add(self.point(point), key, visit, passed))
             yield
-        missed = [key for key in points if passed and key not in passed]
+        missed = [key for key in points if self.runs > runs and key not in passed]
         if missed:
             raise ModelError(
                 f"{missed[0]}: TransformerLens computes past this place (a fused map is split there); take engine hooks"
@@ -102,11 +105,11 @@ class BridgeEngine:
         Raises:
             ModelError: there is none.
         """
-        path = self._paths.get(id(point.module), "")
-        found = getattr(component(self.bridge.original_model, path), "hook_in" if point.side == "input" else "hook_out",
-                        None)  # fmt: skip
-        if not path or found is None:
-            raise ModelError(f"{path or type(point.module).__name__}: TransformerLens has no hook point there")
+        path = self._paths[id(point.module)]
+        around = self._components.get(id(inside(self.bridge.original_model, path)))
+        found = getattr(around, "hook_in" if point.side == "input" else "hook_out", None)
+        if found is None:
+            raise ModelError(f"{path}: TransformerLens has no hook point there; take engine hooks")
         return found
 
     def run(self, module: nn.Module, inputs: Mapping[str, Any]) -> Any:
@@ -124,23 +127,29 @@ class BridgeEngine:
                 raise ModelError(
                     f"{name} was edited, but the bridge computes with copies split from it; open the model again"
                 )
-        return component(self.bridge.original_model, self._paths[id(module)])(**inputs)
+        found = component(self.bridge.original_model, self._paths[id(module)])(**inputs)
+        self.runs += 1
+        return found
+
+
+def _components(tree: nn.Module) -> Iterator[tuple[int, nn.Module]]:
+    """The bridge's component around each plain module, by the plain module's id; the innermost where several are."""
+    for module in tree.modules():
+        if inside(module, "") is not module:
+            yield id(inside(module, "")), module
 
 
 def _copied(tree: nn.Module, model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
     """Fused parameters that the bridge has split into copies, which no longer follow them."""
-    for path, module in model.named_modules():
-        owner, _, last = path.rpartition(".")
-        if not isinstance(module._parameters.get("weight"), nn.Parameter) or not last:
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    for attention in tree.modules():
+        if not {"q", "qkv"} <= attention._modules.keys():
             continue
-        around = component(tree, owner)
-        if "qkv" not in around._modules or around._modules["qkv"] is not component(tree, path):
-            continue
-        split = inside(around._modules["q"], "")
-        for name, parameter in module.named_parameters(recurse=False):
-            part = split._parameters.get(name)
-            if part is None or part.untyped_storage().data_ptr() != parameter.untyped_storage().data_ptr():
-                yield f"{path}.{name}", parameter
+        whole, part = (inside(attention._modules[name], "") for name in ("qkv", "q"))
+        for name, parameter in whole.named_parameters(recurse=False):
+            split = part._parameters.get(name)
+            if split is None or split.untyped_storage().data_ptr() != parameter.untyped_storage().data_ptr():
+                yield names[id(parameter)], parameter
 
 
 def _add(
