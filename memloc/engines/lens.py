@@ -152,9 +152,7 @@ def _copied(tree: nn.Module, model: nn.Module) -> Iterator[tuple[str, nn.Paramet
                 yield names[id(parameter)], parameter
 
 
-def _add(
-    place: Any, key: K, visit: Callable[[K, Tensor], Tensor | None], passed: dict[K, bool]
-) -> Callable[[], None]:
+def _add(place: Any, key: K, visit: Callable[[K, Tensor], Tensor | None], passed: dict[K, bool]) -> Callable[[], None]:
     """Put the visitor there; what is returned takes it, and nothing else, away again."""
 
     def hook(tensor: Tensor, hook: Any) -> Tensor:

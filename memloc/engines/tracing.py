@@ -142,7 +142,7 @@ class TraceEngine:
         """In which order places are passed. nnsight must be asked in that order."""
         ids = torch.zeros(1, 2, dtype=torch.long, device=next(self._model.parameters()).device)
         with hooks.record_order(list(self._model.modules())) as seen:
-            self._model(input_ids=ids, use_cache=False)
+            self._model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False)
         return seen
 
 
