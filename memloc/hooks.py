@@ -27,9 +27,9 @@ class Point:
 
 
 class Visiting(Protocol):
-    """How a visitor is brought to points: `visit(key, tensor)` in every pass in the block; what it returns is put there.
+    """How a visitor is brought to points: `visit(key, tensor)` is called there in every pass in the block.
 
-    A visitor that returns None leaves the tensor as it is.
+    What it returns takes the tensor's place; None leaves it.
     """
 
     def __call__(

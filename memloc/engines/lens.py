@@ -145,7 +145,7 @@ def _copied(tree: nn.Module, model: nn.Module) -> Iterator[tuple[str, nn.Paramet
     for attention in tree.modules():
         if not {"q", "qkv"} <= attention._modules.keys():
             continue
-        whole, part = (inside(attention._modules[name], "") for name in ("qkv", "q"))
+        whole, part = (inside(attention.get_submodule(name), "") for name in ("qkv", "q"))
         for name, parameter in whole.named_parameters(recurse=False):
             split = part._parameters.get(name)
             if split is None or split.untyped_storage().data_ptr() != parameter.untyped_storage().data_ptr():

@@ -151,7 +151,7 @@ class NnsightNames:
         return f"{_safe(self.row.blocks)}[{layer}].output"
 
     def parse(self, name: str) -> tuple[Site, Side]:
-        """The site and side of a path, with or without a leading `model.`
+        """The site and side of a path, with or without a leading model name, "model".
 
         Raises:
             InputError: no linear map of the family, or a fused one that holds several.

@@ -176,7 +176,7 @@ def _all(envoy: Any) -> Iterator[Any]:
 @contextlib.contextmanager
 def _unmounted() -> Iterator[None]:
     """The user's nnsight settings, but with PYMOUNT off; the environment is as before afterwards."""
-    import yaml
+    import yaml  # type: ignore[import-untyped]
 
     before = os.environ.get("NNSIGHT_CONFIG")
     base = Path(os.environ.get("XDG_CONFIG_HOME", "~/.config")) / "nnsight" / "config.yaml"

@@ -76,7 +76,7 @@ def run(arguments: argparse.Namespace, terminal: Terminal) -> None:
 
 def _names(arguments: argparse.Namespace, kind: str, terminal: Terminal) -> None:
     """The best places of a localization, or all of a selection, as hook names or paths with the index into them."""
-    from memloc.engines.names import LensNames, Names, exported
+    from memloc.engines.names import LensNames, exported
     from memloc.scores import Localization, Selection
 
     if kind not in ("localization", "selection"):
@@ -89,11 +89,11 @@ def _names(arguments: argparse.Namespace, kind: str, terminal: Terminal) -> None
     names: Names = LensNames()
     if arguments.names == "nnsight":
         names = _paths(arguments.model)
-    places = [(str(place.site), place.entry, place.name, place.index) for place in exported(chosen, names)]
+    places = [[str(place.site), place.entry, place.name, place.index] for place in exported(chosen, names)]
     columns = ["place", "entry", arguments.names, "index"]
     terminal.table(f"{len(places)} {chosen.grain}s in the words of {arguments.names}", columns, places)
-    terminal.result({"kind": kind, "names": arguments.names, "grain": str(chosen.grain),
-                     "places": [dict(zip(("place", "entry", "name", "index"), row, strict=True)) for row in places]})  # fmt: skip
+    listed = [dict(zip(("place", "entry", "name", "index"), row, strict=True)) for row in places]
+    terminal.result({"kind": kind, "names": arguments.names, "grain": str(chosen.grain), "places": listed})
 
 
 def _paths(model: str | None) -> Names:
