@@ -64,6 +64,9 @@ def bridged(model: nn.Module) -> Any:
 class BridgeEngine:
     """Runs a TransformerBridge; hooks that its user has set on it are at work too.
 
+    Where a method runs blocks one by one, or listens on modules themselves, the plain model is run, on the same
+    parameters: what it says there, `parity.prove_engine` has compared.
+
     Args:
         bridge: over a tree that holds the parameters of `model`.
         model: the plain model, whose modules points are of.
@@ -78,6 +81,7 @@ class BridgeEngine:
         self._components = dict(_components(bridge.original_model))
         self._copied = dict(_copied(bridge.original_model, model))
         self.runs = 0
+        self._own = 0
         self._versions = {name: parameter._version for name, parameter in self._copied.items()}
 
     @contextlib.contextmanager
@@ -88,10 +92,14 @@ class BridgeEngine:
             ModelError: no hook point there, or none was passed in a run.
         """
         passed: dict[K, bool] = {}
-        runs = self.runs
+        runs, hooked, own = self.runs, hooks.count_hooks(self._modules), self._own
         with contextlib.ExitStack() as stack:
             for key, point in points.items():
                 stack.callback(_add(self.point(point), key, visit, passed))
+            # Methods also run blocks themselves, or the model from the middle: there the plain modules are visited.
+            stack.enter_context(hooks.visiting(points, visit))
+            self._own += hooks.count_hooks(self._modules) - hooked
+            stack.callback(setattr, self, "_own", own)
             yield
         missed = [key for key in points if self.runs > runs and key not in passed]
         if missed:
@@ -113,15 +121,13 @@ class BridgeEngine:
         return found
 
     def run(self, module: nn.Module, inputs: Mapping[str, Any]) -> Any:
-        """Through the bridge's components.
+        """Through the bridge's components; the plain model where somebody listens on its modules themselves.
 
         Raises:
-            ModelError: somebody listens on the plain modules, which a bridge does not run; or a fused map was edited.
+            ModelError: a fused map was edited, of which the bridge keeps copies.
         """
-        if hooks.hooked(self._modules):
-            raise ModelError(
-                "this method listens on modules themselves, which TransformerLens does not run; take engine hooks"
-            )
+        if hooks.count_hooks(self._modules) > self._own:
+            return module(**inputs)
         for name, parameter in self._copied.items():
             if parameter._version != self._versions[name]:
                 raise ModelError(

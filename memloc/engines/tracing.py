@@ -86,6 +86,7 @@ class TraceEngine:
         self._model = model
         self._envoys = {id(envoy._module): envoy for envoy in _all(traced)}
         self._order: dict[tuple[int, Side], int] = {}
+        self._tracing = False
         self._visitors: list[tuple[Point, Callable[[Tensor], Tensor | None]]] = []
 
     @contextlib.contextmanager
@@ -101,8 +102,14 @@ class TraceEngine:
                 raise ModelError(f"{type(point.module).__name__}: nnsight has no envoy there; take engine hooks")
         before = self._visitors
         self._visitors = [*before, *mine]
+
+        def outside(key: K, tensor: Tensor) -> Tensor | None:
+            return None if self._tracing else visit(key, tensor)
+
         try:
-            yield
+            # Methods also run blocks themselves, or the model from the middle: there no trace is, and hooks visit.
+            with hooks.visiting(points, outside):
+                yield
         finally:
             self._visitors = before
 
@@ -113,7 +120,7 @@ class TraceEngine:
         kept: dict[str, Any] = {}
         traced = self.traced
         # nnsight reads the body from this file's source and runs it beside the model: places in order of execution.
-        with traced.trace(**inputs) as tracer:
+        with self._alone(), traced.trace(**inputs) as tracer:
             raised = _visit(stops)
             if raised is not None:
                 kept["raised"] = raised
@@ -126,6 +133,14 @@ class TraceEngine:
         if "raised" in kept:
             raise kept["raised"]
         return kept["result"]
+
+    @contextlib.contextmanager
+    def _alone(self) -> Iterator[None]:
+        before, self._tracing = self._tracing, True
+        try:
+            yield
+        finally:
+            self._tracing = before
 
     def _stops(self) -> list[Stop]:
         if self._visitors and not self._order:
@@ -141,7 +156,7 @@ class TraceEngine:
     def _learn(self) -> dict[tuple[int, Side], int]:
         """In which order places are passed. nnsight must be asked in that order."""
         ids = torch.zeros(1, 2, dtype=torch.long, device=next(self._model.parameters()).device)
-        with hooks.record_order(list(self._model.modules())) as seen:
+        with self._alone(), hooks.record_order(list(self._model.modules())) as seen:
             self._model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False)
         return seen
 
