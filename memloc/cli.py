@@ -9,7 +9,20 @@ from memloc.errors import InputError
 from memloc.methods import LOCALIZERS, MEASURES
 from memloc.registry import Registry
 from memloc.terminal import Terminal
-from memloc.verbs import ablate, check, compare, lab, localize, measure, report, show, significant, truth
+from memloc.verbs import (
+    ablate,
+    check,
+    compare,
+    convert,
+    lab,
+    localize,
+    measure,
+    report,
+    show,
+    significant,
+    truth,
+    validate,
+)
 
 
 def list_methods(tables: Sequence[Registry], terminal: Terminal, only: str | None) -> None:
@@ -31,6 +44,8 @@ def verbs() -> tuple[Verb, ...]:
     return (
         Verb("check", "prove that memloc understands a model; print its map", check.flags, check.run),
         Verb("lab", "train a small model here whose memories are known", lab.flags, lab.run),
+        Verb("validate", "what a data file is, and which of its records cannot be used", validate.flags, validate.run),
+        Verb("convert", "a data file as JSON lines, or a measurement as others' results", convert.flags, convert.run),
         Verb("measure", "what is memorized, beside its controls", measure.flags, measure.run, MEASURES),
         Verb("localize", "where it is kept", localize.flags, localize.run, LOCALIZERS),
         Verb("ablate", "what happens without it: a grid of ablations as one table", ablate.flags, ablate.run),

@@ -95,7 +95,11 @@ def common(parser: argparse.ArgumentParser, *names: str) -> None:
     filtered = "; FILE#key=value takes only those records"
     flags: dict[str, dict[str, Any]] = {
         "model": {"help": "checkpoint folder (or hub name)", "required": True},
-        "passages": {"help": "passages, JSONL" + filtered, "type": DataFile.parse, "metavar": "FILE"},
+        "passages": {
+            "help": "passages, JSONL or any file `memloc validate` knows" + filtered,
+            "type": DataFile.parse,
+            "metavar": "FILE",
+        },
         "controls": {"help": "passages never trained on, JSONL" + filtered, "type": DataFile.parse, "metavar": "FILE"},
         "contrast": {"help": "passages to contrast with, JSONL" + filtered, "type": DataFile.parse, "metavar": "FILE"},
         "retain": {"help": "passages to keep, JSONL" + filtered, "type": DataFile.parse, "metavar": "FILE"},
@@ -104,7 +108,11 @@ def common(parser: argparse.ArgumentParser, *names: str) -> None:
             "type": DataFile.parse,
             "metavar": "FILE",
         },
-        "facts": {"help": "facts, JSONL" + filtered, "type": DataFile.parse, "metavar": "FILE"},
+        "facts": {
+            "help": "facts, JSONL or any file `memloc validate` knows" + filtered,
+            "type": DataFile.parse,
+            "metavar": "FILE",
+        },
         "prefix": {"help": "tokens of a text record that make its prefix (default: 50)", "type": int, "default": 50},
         "suffix": {"help": "tokens after it that make its suffix (default: 50)", "type": int, "default": 50},
         "localization": {"help": "localization.safetensors to select from", "type": Path, "metavar": "FILE"},
@@ -137,10 +145,11 @@ def read_passages(file: DataFile | None, view: ModelView, arguments: argparse.Na
     """Passages of a data file, filtered, or None where none is named."""
     if file is None:
         return None
-    from memloc.passages import Passages
+    from memloc.formats import data
 
-    lengths = {"prefix": arguments.prefix, "suffix": arguments.suffix}
-    passages = Passages.read(file.path, view.tokenizer, **lengths).where(file.keeps)
+    passages = data.passages(file.path, view.tokenizer, prefix=arguments.prefix, suffix=arguments.suffix).where(
+        file.keeps
+    )
     if not passages:
         raise InputError(f"{file}: no record matches")
     return passages
@@ -158,9 +167,9 @@ def read_facts(file: DataFile | None, view: ModelView) -> Facts | None:
     """Facts of a data file, filtered, or None where none is named."""
     if file is None:
         return None
-    from memloc.passages import Facts
+    from memloc.formats import data
 
-    facts = Facts.read(file.path, view.tokenizer).where(file.keeps)
+    facts = data.facts(file.path, view.tokenizer).where(file.keeps)
     if not facts:
         raise InputError(f"{file}: no record matches")
     return facts

@@ -125,12 +125,29 @@ class Passages(Sequence[Passage]):
         Raises:
             InputError: no such file, no record, or a line that cannot be used (its number is named).
         """
+        return cls.from_records(_lines(path), tokenizer, prefix=prefix, suffix=suffix, path=path)
+
+    @classmethod
+    def from_records(
+        cls,
+        records: Iterable[tuple[str, dict[str, Any]]],
+        tokenizer: Any = None,
+        *,
+        prefix: int = 50,
+        suffix: int = 50,
+        path: str | Path = "records",
+    ) -> Passages:
+        """Records as `read` takes them, each with where it stands ("line 3"), for whoever reads another kind of file.
+
+        Raises:
+            InputError: a record that cannot be used; `path` and where it stands are named.
+        """
         items = []
-        for line, record in read_jsonl(path):
+        for where, record in records:
             try:
-                items.append(_passage(record, line, tokenizer, prefix, suffix))
+                items.append(_passage(record, where, tokenizer, prefix, suffix))
             except InputError as error:
-                raise InputError(f"{path}, line {line}: {error}") from error
+                raise InputError(f"{path}, {where}: {error}") from error
         return cls(tuple(items), str(Path(path).name))
 
     @classmethod
@@ -294,12 +311,23 @@ class Facts(Sequence[Fact]):
         Raises:
             InputError: no such file, no record, or a line that cannot be used (its number is named).
         """
+        return cls.from_records(_lines(path), tokenizer, path=path)
+
+    @classmethod
+    def from_records(
+        cls, records: Iterable[tuple[str, dict[str, Any]]], tokenizer: Any, *, path: str | Path = "records"
+    ) -> Facts:
+        """Records as `read` takes them, each with where it stands ("line 3"), for whoever reads another kind of file.
+
+        Raises:
+            InputError: a record that cannot be used (`path` and where it stands are named), or an id twice.
+        """
         items = []
-        for line, record in read_jsonl(path):
+        for where, record in records:
             try:
-                items.append(_fact(record, line, tokenizer))
+                items.append(_fact(record, where, tokenizer))
             except InputError as error:
-                raise InputError(f"{path}, line {line}: {error}") from error
+                raise InputError(f"{path}, {where}: {error}") from error
         if len({item.id for item in items}) < len(items):
             raise InputError(f"{path}: two facts share an id")
         return cls(tuple(items), str(Path(path).name))
@@ -364,8 +392,18 @@ def read_jsonl(path: str | Path) -> Iterator[tuple[int, dict[str, Any]]]:
         raise InputError(f"{path}: no record in it; expected one JSON object a line")
 
 
-def _passage(record: dict[str, Any], line: int, tokenizer: Any, prefix: int, suffix: int) -> Passage:
-    name = str(record.get("id", f"row-{line}"))
+def _lines(path: str | Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    for line, record in read_jsonl(path):
+        yield f"line {line}", record
+
+
+def _name(record: dict[str, Any], where: str) -> str:
+    """Its id; a record without one is called by its line."""
+    return str(record.get("id", where.replace("line ", "row-")))
+
+
+def _passage(record: dict[str, Any], where: str, tokenizer: Any, prefix: int, suffix: int) -> Passage:
+    name = _name(record, where)
     used = {"id", "text", "prefix", "suffix", "prefix_ids", "suffix_ids"}
     tags = {key: value for key, value in record.items() if key not in used}
     if "prefix_ids" in record or "suffix_ids" in record:
@@ -384,7 +422,7 @@ def _passage(record: dict[str, Any], line: int, tokenizer: Any, prefix: int, suf
     raise InputError(f"found keys {', '.join(sorted(record)) or 'none'}; expected {FORMS}")
 
 
-def _fact(record: dict[str, Any], line: int, tokenizer: Any) -> Fact:
+def _fact(record: dict[str, Any], where: str, tokenizer: Any) -> Fact:
     template, subject = _text(record, "prompt"), _text(record, "subject")
     if template.count("{}") != 1 and subject not in template:
         raise InputError(f"subject {subject!r} is not in the prompt {template!r}; mark its place with {{}}")
@@ -394,7 +432,7 @@ def _fact(record: dict[str, Any], line: int, tokenizer: Any) -> Fact:
     neighbors = tuple(_neighbor(tokenizer, entry, true) for entry in _list(record, "neighbors"))
     used = {"id", "prompt", "subject", "target", "target_true", "paraphrases", "neighbors"}
     return Fact(
-        id=str(record.get("id", f"row-{line}")),
+        id=_name(record, where),
         template=template,
         subject=subject,
         prompt=prompt,

@@ -1,6 +1,6 @@
 """Figures on a given axis: pure functions of data, no pyplot, no global state; matplotlib is imported when drawing.
 
-Every function takes a `matplotlib.axes.Axes` and either the object or its plain numbers (see `results.profiles`), labels
+Every function takes a `matplotlib.axes.Axes` and either the object or its plain numbers (`results.profiles`), labels
 what it draws, and leaves legends to whoever owns the figure. `svg` turns a drawing into markup that can stand in a
 page: text as paths, no outside reference, equal bytes for equal data.
 """

@@ -2,8 +2,9 @@
 
 A change made in one layer leaves the layers below as they were, so a variant starts at the block above. Of the top
 block only the positions that predict the suffix are needed: those before them are run as far as their keys and values
-and no further, the last token not at all. Both are exact. Where a change is a multiple of one vector in the stream
-before the final norm, even that is done without a matrix product (`FinalNorm`, `Variants.nll_at_the_end`).
+and no further, the last token not at all (below the top, leaving it out would cost more than it saves: kernels like
+even lengths). All this is exact. Where a change is a multiple of one vector in the stream before the final norm, even
+that is done without a matrix product (`FinalNorm`, `Variants.nll_at_the_end`).
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ class Variants:
         view: the model.
         cut: positions before the first that predicts a token of the suffix.
         target: [s], the suffix.
-        below: layer to [t, d], the residual stream before the block; t is the passage without its last token.
+        below: layer to [t, d], the residual stream before the block.
         above: layer to [t, d], the stream after it.
         entering: site to [t, width], what enters `mlp.out` and `attn.out`.
         norm: the final norm in closed form, or None where it, or the unembedding, is of another form.
@@ -51,8 +52,8 @@ class Variants:
     @classmethod
     @torch.no_grad()
     def of(cls, view: ModelView, item: Passage) -> Variants:
-        """Run `item` twice, whole and in two parts. Cost: 2·l·(tokens - 1) block-tokens."""
-        ids = torch.tensor([item.ids[:-1]], device=view.device)
+        """Run `item` twice, whole and in two parts. Cost: l·(2t - 1) block-tokens."""
+        ids = torch.tensor([item.ids], device=view.device)
         cut, layers = len(item.prefix) - 1, range(view.layers)
         blocks = {layer: view.block(layer) for layer in layers}
         with (
@@ -70,10 +71,15 @@ class Variants:
             {layer: found[0] for layer, found in below.items()},
             {layer: found[0] for layer, found in above.items()},
             {site: found[0] for site, found in entering.items()},
-            FinalNorm.fit(view, above[view.layers - 1][0, cut:]),
+            FinalNorm.fit(view, above[view.layers - 1][0, cut:-1]),
             dict(calls),
-            _split_calls(view, ids, cut),
+            _split_calls(view, ids[:, :-1], cut),
         )
+
+    @property
+    def scored(self) -> slice:
+        """The positions that predict the suffix."""
+        return slice(self.cut, -1)
 
     def nll(self, layer: int, stream: Tensor) -> Tensor:
         """Mean suffix NLL, `[n]` nats per token, were the stream after block `layer` this, `[n, t, d]`."""
@@ -81,7 +87,7 @@ class Variants:
         for index in range(layer + 1, top):
             call = self._calls[index]
             stream = hooks.first(self.view.block(index)(stream, *call.args, **call.kwargs))
-        return self._nll(self._top(stream) if layer < top else stream[:, self.cut :])
+        return self._nll(self._top(stream) if layer < top else stream[:, self.scored])
 
     def nll_at_the_end(self, steps: Tensor, directions: Tensor) -> Tensor:
         """Mean suffix NLL, `[n]`, were `steps[n, s] · directions[n, d]` taken from the stream before the final norm.
@@ -89,7 +95,7 @@ class Variants:
         s are the positions that predict the suffix. No matrix product but one of `directions` with the unembedding;
         where the norm has no closed form, norm and unembedding are run.
         """
-        stream = self.above[self.view.layers - 1][self.cut :]
+        stream = self.above[self.view.layers - 1][self.scored]
         if self.norm is None:
             taken = _wide(stream) - _wide(steps)[..., None] * _wide(directions)[:, None]
             return self._nll(taken.to(stream))
@@ -122,7 +128,7 @@ class Variants:
                 _call(block, stream[:, : self.cut], before, _Past(stop=True))
             except _Taken as taken:
                 past = _Past(taken.keys, taken.values)
-        return _call(block, stream[:, self.cut :], here, past)
+        return _call(block, stream[:, self.scored], here, past)
 
     def _nll(self, stream: Tensor) -> Tensor:
         return self._mean_nll(self.view.unembed(self.view.final_norm(stream)))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -55,6 +55,7 @@ class AttentionBypass:
     span: Literal["layer", "window", "quartile"] = "layer"
     width: int = 3
     batch_size: int = 16
+    in_parts: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if self.width < 1 or self.width % 2 == 0 or self.batch_size < 1:

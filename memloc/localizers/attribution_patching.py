@@ -49,7 +49,7 @@ class AttributionPatching:
     exact effect of patching together the verified places, all others, and all ("joint_verified", "joint_rest",
     "joint_all"). With `audit`, also the audited places' estimates and exact effects ("audit_estimate", "audit_exact"),
     of how many others they were drawn ("audit_others"), and the verified ones' least effect and sum of positive ones
-    ("verified_least", "verified_found"): `patching.spot_check.Audit.of(notes)` turns these into an interval for the share
+    ("verified_least", "verified_found"): `spot_check.Audit.of(notes)` turns these into an interval for the share
     of places that should have been verified, and one for the effect that was missed.
 
     Attributes:

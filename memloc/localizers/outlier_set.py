@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Generator, Iterator
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -65,6 +65,7 @@ class OutlierSet:
     step: float = 0.25
     growth: int = 1
     batch_size: int = 16
+    in_parts: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if not (self.highest >= self.lowest >= 0 and self.step > 0):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -46,11 +46,12 @@ class ZeroOut:
         verify: units of a passage on the shortlist.
         audit: units of a passage drawn from the rest.
         seed: of the audit, with the passage's tokens.
-        memory_mb: working memory variants may take, roughly; no effect on scores.
+        memory_mb: working memory variants may take, roughly; no effect on scores. More is slower: large buffers are
+            given back to the system after each use.
 
-    Cost: for a passage of prefix p and suffix s, with t = p + s - 1: two forwards, and for each unit of layer j of
+    Cost: for a passage of t tokens, s of them its suffix: two forwards, and for each unit of layer j of
     l about t·(l - 2 - j) + s block-tokens, none for neurons of the last layer (keys and values of the top block before
-    the suffix are not counted). The definition takes (t + 1)·l for each. A head takes t more.
+    the suffix are not counted). The definition takes t·l for each. A head takes t more.
 
     Source: Chang et al. 2024, arXiv:2311.09060, section "Zero-out". The shortlist, its audit, heads and the closed form
     of the last layer are ours.
@@ -61,7 +62,8 @@ class ZeroOut:
     verify: int = 200
     audit: int = 100
     seed: int = 0
-    memory_mb: int = 256
+    memory_mb: int = 64
+    in_parts: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if min(self.verify, self.memory_mb) < 1 or self.audit < 2:
@@ -101,23 +103,23 @@ class ZeroOut:
         return Cost(total.forward, total.backward, total.bytes + results, total.bound)
 
     def _cost(self, view: ModelView, item: Passage) -> Cost:
-        tokens, suffix, count = len(item.ids) - 1, len(item.suffix), gate_count(view, self.grain)
+        tokens, suffix, count = len(item.ids), len(item.suffix), gate_count(view, self.grain)
         heads = self.grain == "head"
 
         def each(layer: int) -> int:
             above = 0 if layer == view.layers - 1 else (view.layers - 2 - layer) * tokens + suffix
             return above + (tokens if heads else 0)
 
-        start = 2 * view.layers * tokens
+        start = view.layers * (2 * tokens - 1)
         if self.mode == "exact":
             last = int(not heads)
             variants = (count + 1) * sum(each(layer) for layer in range(view.layers - last))
             return Cost(start + variants, bytes=self._bytes(view, tokens, suffix))
         chosen = min(view.layers * count, self.verify + self.audit) + view.layers
-        whole = view.layers * (tokens + 1)
+        whole = view.layers * tokens
         forward = start + whole + chosen * max(each(layer) for layer in range(view.layers))
         memory = self._bytes(view, tokens, suffix) + pass_bytes(
-            view, tokens + 1, context=tokens + 1, grad=True, unembedded=suffix
+            view, tokens, context=tokens, grad=True, unembedded=suffix
         )
         return Cost(forward, whole, memory, "at most")
 
@@ -184,7 +186,7 @@ class _Silencing:
                 return variants.nll_at_the_end(
                     values.new_zeros(1, len(variants.target)), values.new_zeros(1, len(values))
                 )
-            return variants.nll_at_the_end(variants.entering[site][variants.cut :, units].T, values[:, units].T)
+            return variants.nll_at_the_end(variants.entering[site][variants.scored, units].T, values[:, units].T)
         if plain:
             clean = variants.above[layer][None]
             return variants.nll(layer, clean if none else variants.without_each(layer, units))

@@ -1,7 +1,7 @@
 """Rows that share what stands left of a change: many tokens continued on cached keys and values, exactly.
 
 In a causal model a changed token cannot reach what came before it. Everything left of it is run once; each changed row
-then costs only its own tokens. `running.cached` is the same for one token and many layers; the prefix map lives on this.
+then costs only its own tokens. `cached` is the same for one token and many layers; the prefix map lives on this.
 """
 
 from __future__ import annotations

@@ -46,7 +46,8 @@ class Mean:
     def __str__(self) -> str:
         if not np.isfinite([self.low, self.high]).all():
             return f"{self.value:.3g}"
-        return f"{self.value:.2f} [{self.low:.2f}, {self.high:.2f}]"
+        digits = 2 if max(abs(self.low), abs(self.high)) >= 0.2 else 3
+        return f"{self.value:.{digits}f} [{self.low:.{digits}f}, {self.high:.{digits}f}]"
 
 
 @dataclass(frozen=True)

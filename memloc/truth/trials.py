@@ -13,7 +13,7 @@ from typing import Any
 from memloc import hooks
 from memloc.errors import MemlocError, MismatchError
 from memloc.progress import tell
-from memloc.provenance import digest_json, settings_of
+from memloc.provenance import digest_bytes, digest_json, settings_of
 from memloc.sites import Grain
 from memloc.store import write_text
 from memloc.truth.entrants import CONTRAST, entrant, source_digest
@@ -21,6 +21,9 @@ from memloc.truth.worlds import Ground, Known, World
 
 FORMAT = 1
 """Counted up when results of before are not comparable."""
+
+UNASKED = ("trials", "table", "entrants", "grounds")
+"""Files of this package on which no known answer depends."""
 
 
 @dataclass(frozen=True)
@@ -175,7 +178,7 @@ class _Cell:
 
     def _path(self, method: str, settings: Mapping[str, Mapping[str, Any]]) -> Path:
         """A file named after everything its result depends on."""
-        parts: list[Any] = [FORMAT, self.label, settings_of(self.world), self.digest, self.name]
+        parts: list[Any] = [FORMAT, _code(), self.label, settings_of(self.world), self.digest, self.name]
         if method:
             parts += [method, dict(settings.get(method, {})), source_digest(method)]
         folder = self.out / self.label / f"{self.ground.name}-{self.ground.seed}" / self.name
@@ -219,6 +222,12 @@ def _digest(ground: Ground) -> str:
     """Of all that known answers are made from."""
     sets = [None if part is None else part.digest for part in (ground.memorized, ground.unknown, ground.text)]
     return digest_json([None if ground.view is None else ground.view.digest, *sets, ground.seed])
+
+
+def _code() -> str:
+    """Digest of the files that known answers are made by: results of other versions of them are not reused."""
+    files = sorted(path for path in Path(__file__).parent.glob("*.py") if path.stem not in UNASKED)
+    return digest_bytes(*(path.read_bytes() for path in files))
 
 
 def _line(error: Exception) -> str:

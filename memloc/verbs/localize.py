@@ -24,6 +24,12 @@ def flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--paraphrases", action="store_true", help="with --facts: their other phrasings too")
     out(parser, "localization.safetensors (with --controls, theirs beside it: NAME.controls.safetensors)")
     parser.add_argument("--top", type=int, default=20, help="rows to print (default: 20)")
+    parser.add_argument(
+        "--joint", type=int, metavar="COUNT", help="select so many jointly: silence, score again, go on"
+    )
+    parser.add_argument(
+        "--step", type=int, default=5, help="with --joint: units silenced between scorings (default: 5)"
+    )
     parser.add_argument("--plan", action="store_true", help="tell what the run would take, and stop")
 
 
@@ -45,6 +51,9 @@ def run(arguments: argparse.Namespace, terminal: Terminal) -> None:
     plan = _plan(arguments, view, passages, controls, contrast, terminal)
     if arguments.plan:
         terminal.result({"plan": plan})
+        return
+    if arguments.joint is not None:
+        _joint(arguments, view, passages, contrast, terminal)
         return
     found = _localize(arguments, view, passages, contrast, terminal, "")
     beside = None if controls is None else _localize(arguments, view, controls, contrast, terminal, ".controls")
@@ -76,6 +85,28 @@ def _plan(
     told: str = cost.told(view, passages)
     terminal.note(f"plan: {told}")
     return told
+
+
+def _joint(
+    arguments: argparse.Namespace, view: ModelView, passages: Passages, contrast: Passages | None, terminal: Terminal
+) -> None:
+    """Select jointly, print what silencing does beside single scores and random order, save."""
+    from memloc.ablations.joint import joint_selection, removal_curves
+
+    settings = {"count": arguments.joint, "step": arguments.step, "contrast": contrast}
+    joint = joint_selection(arguments.method, view, passages, **settings)
+    if arguments.out is not None:
+        joint.localization.save(arguments.out)
+    points = sorted({0, arguments.joint, *range(0, arguments.joint, arguments.step)})
+    curves = removal_curves(joint, view, passages, points=points, seed=arguments.seed)
+    rows = [[removed, *values] for removed, *values in zip(curves[0].removed, *(c.nll for c in curves), strict=True)]
+    columns = ["silenced", *(curve.name for curve in curves)]
+    terminal.table("mean NLL of the suffixes, nats per token, by order of silencing", columns, rows)
+    print_localization(joint.localization, terminal, arguments.top)
+    terminal.result({
+        **localization_json(joint.localization, arguments.top, None),
+        "curves": [dict(zip(columns, row, strict=True)) for row in rows],
+    })  # fmt: skip
 
 
 def _localize(

@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from memloc import store
 from memloc.command import common, out
 from memloc.errors import InputError
 from memloc.terminal import Terminal
@@ -53,6 +54,7 @@ def run(arguments: argparse.Namespace, terminal: Terminal) -> None:
         raise InputError(f"--seeds {arguments.seeds}: expected at least 1")
     if arguments.model and arguments.lab:
         raise InputError("--model and --lab both say what is judged on; give one")
+    store.check_target(arguments.out / "table.json")
     found = trials.run(worlds, _grounds(arguments, terminal), methods, arguments.out, settings=settings)
     made = table.Table.of(found, {name: world.headline for name, world in worlds.items()})
     made.write(arguments.out)
@@ -129,7 +131,13 @@ def _grounds(arguments: argparse.Namespace, terminal: Terminal) -> Iterator[Grou
     if arguments.lab:
         yield from (_ground(_lab(arguments, seed, terminal), seed, arguments) for seed in seeds)
     elif arguments.model:
-        yield from (_ground(Path(model), seed, arguments) for model in arguments.model for seed in seeds)
+        models = list(dict.fromkeys(Path(model) for model in arguments.model))
+        alike = len({model.name for model in models}) < len(models)
+        for model in models:
+            for seed in seeds:
+                found = _ground(model, seed, arguments)
+                # Two folders of one name are two models.
+                yield dataclasses.replace(found, name=str(model).replace("/", "+")) if alike else found
     else:
         yield from (Ground("no model", seed=seed) for seed in seeds)
 

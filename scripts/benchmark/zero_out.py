@@ -38,7 +38,7 @@ def main() -> None:
     parser.add_argument("--count", type=int, default=1, help="passages")
     parser.add_argument("--rows", type=int, default=32, help="whole forwards in a batch of the plain loop")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--ratio", type=float, default=3.0, help="the least ratio that passes")
+    parser.add_argument("--ratio", type=float, default=2.5, help="the least ratio that passes")
     given = parser.parse_args()
     torch.set_num_threads(1)
     views = {dtype: open_view(given, dtype) for dtype in (torch.float64, torch.float32)}

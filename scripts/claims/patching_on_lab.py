@@ -204,26 +204,32 @@ def atp(view: ModelView, given: argparse.Namespace) -> dict[str, Any]:
     told: dict[str, Any] = {"passages": len(passages)}
     for grain in ("neuron", "head"):
         for how, direction in (("zero", "noise"), ("perturbed", "noise"), ("perturbed", "denoise")):
-            same = {"grain": grain, "corrupt": how, "direction": direction}
-            start = time.process_time()
-            exact = ActivationPatching(**same, batch_size=128)(view, passages)  # type: ignore[arg-type]
-            taken = time.process_time() - start
-            for name, extra in (("AtP, graddrop", {"graddrop": True}), ("AtP", {})):
-                start = time.process_time()
-                line = AttributionPatching(**same, **extra)(view, passages)  # type: ignore[arg-type]
-                spent = time.process_time() - start
-                told[f"{grain}, {how}, {direction}: {name}"] = {
-                    **compared(line, exact, unsigned=bool(extra)), "CPU-s": round(spent, 2), "CPU-s exact": round(taken, 2)}  # fmt: skip
+            same: dict[str, Any] = {"grain": grain, "corrupt": how, "direction": direction}
+            exact, taken = timed(ActivationPatching(**same, batch_size=128), view, passages)
+            line, spent = timed(AttributionPatching(**same), view, passages)
+            dropped, longer = timed(AttributionPatching(**same, graddrop=True), view, passages)
+            name = f"{grain}, {how}, {direction}"
+            told[f"{name}: AtP"] = {**compared(line, exact, unsigned=False), "CPU-s": spent, "CPU-s exact": taken}
+            told[f"{name}: AtP, graddrop"] = {**compared(dropped, exact, unsigned=True), "CPU-s": longer}
             if how == "zero":
-                checked = AttributionPatching(**same, verify=20 if grain == "neuron" else 4, audit=8)(view, passages)  # type: ignore[arg-type]
-                told[f"{grain}, {how}: audit"] = dataclasses.asdict(Audit.of(checked.notes))
-                told[f"{grain}, {how}: verified"] = {
+                verify = 20 if grain == "neuron" else 4
+                told[f"{name}: truly missed"] = truly_missed(line, exact, verify)
+                checked = AttributionPatching(**same, verify=verify, audit=8)(view, passages).notes
+                if any(checked.get("audit_exact", ())):
+                    told[f"{name}: audit"] = dataclasses.asdict(Audit.of(checked))
+                told[f"{name}: verified"] = {
                     key: round(fmean(entry for entry in value if entry is not None), 4)
-                    for key, value in checked.notes.items()
+                    for key, value in checked.items()
                     if key.startswith(("verified", "joint"))
                 }
-                told[f"{grain}, {how}: truly missed"] = truly_missed(line, exact, 20 if grain == "neuron" else 4)
     return told
+
+
+def timed(method: Any, view: ModelView, passages: Passages) -> tuple[Any, float]:
+    """What a method finds, and its CPU time."""
+    start = time.process_time()
+    found = method(view, passages)
+    return found, round(time.process_time() - start, 2)
 
 
 def compared(line: Any, exact: Any, *, unsigned: bool) -> dict[str, float]:

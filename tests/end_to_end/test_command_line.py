@@ -143,7 +143,7 @@ def test_a_wrong_word_is_one_line(command, words, says):
     [
         ("", "no record"),
         ('{"id": "a", "prefix_ids": [1], "suffix_ids": [2]}\n{oops', "line 2: not JSON"),
-        ("[1, 2]", "line 1: expected an object"),
+        ("[1, 2]", "record 0 (line 1): found int; known are"),
         ('{"id": "a", "text": "short"}', "line 1: text of"),
         ('{"id": "a", "words": "x"}', "line 1: found keys"),
         ('{"id": "a", "prefix_ids": [1, 99999], "suffix_ids": [2]}', "token id 99999 outside the vocabulary"),
@@ -288,6 +288,20 @@ def test_localizations_are_planned_compared_and_tested_against_controls(tiny_lab
     assert code == 0 and 0 < called["called"] < called["places"]
     code, out, _ = command("show", "s.safetensors", "--json")
     assert code == 0 and json.loads(out)["count"] == called["called"]
+
+
+def test_joint_selection_beside_single_scores_and_random_order(tiny_lab, command):
+    given = ["--model", tiny_lab, "--passages", full_dose(tiny_lab), "--joint", "6", "--step", "2", "--json"]
+    code, out, err = command("localize", "grad-activation", *given, "--out", "j.safetensors")
+    assert code == 0, err
+    made = json.loads(out)
+    assert [row["silenced"] for row in made["curves"]] == [0, 2, 4, 6]
+    last = made["curves"][-1]
+    assert last["joint"] > last["random"]
+    assert made["curves"][0]["joint"] == pytest.approx(made["curves"][0]["random"])
+    assert command("show", "j.safetensors")[0] == 0
+    code, _, err = command("localize", "weight-gradient", *given[:-1])
+    assert (code, err) == (2, "memloc: components have no gates; expected neurons or heads\n")
 
 
 def test_bad_input_to_comparing_and_testing(tiny_lab, command):

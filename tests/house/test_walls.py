@@ -23,6 +23,8 @@ FLOORS: tuple[str, ...] = (
     "memloc.architectures memloc.measurement memloc.methods memloc.passages memloc.scores",
     "memloc.batches memloc.loading memloc.results",
     "memloc.engines memloc.plots memloc.proof",
+    "memloc.batches memloc.formats memloc.loading memloc.results",
+    "memloc.plots memloc.proof",
     "memloc.report memloc.view",
     "memloc.command memloc.costs memloc.lab memloc.moments memloc.objectives memloc.parts memloc.reading",
     "memloc.rewinding memloc.running",

@@ -104,6 +104,9 @@ def test_other_settings_other_models_and_a_rewritten_method_are_judged_anew(tmp_
     monkeypatch.setattr(trials, "source_digest", lambda name: "rewritten")
     run(tmp_path, methods=("random",))
     assert calls["random"] == 16
+    monkeypatch.setattr(trials, "_code", lambda: "rewritten")
+    run(tmp_path, methods=("random",))
+    assert calls["random"] == 20
 
 
 def test_a_trial_cut_short_on_disk_is_judged_again(tmp_path, calls):
@@ -235,6 +238,23 @@ def test_what_cannot_be_judged_is_told_in_one_line(flags, line, tmp_path, capsys
     assert main(["truth", *flags, *worlds, "--out", str(tmp_path / "out")]) == 2
     said = capsys.readouterr()
     assert line in said.err and said.err.count("\n") == 1 and said.out == ""
+
+
+def test_results_that_cannot_be_written_are_told_before_anything_is_judged(tmp_path, capsys, calls):
+    (tmp_path / "file").write_text("here")
+    assert main(["truth", "--worlds", "planted", "--out", str(tmp_path / "file")]) == 2
+    assert "cannot be written" in capsys.readouterr().err and not calls
+
+
+def test_two_folders_of_one_name_are_two_models(tmp_path, view_of):
+    for seed, part in enumerate(("one", "two")):
+        zoo.build("gpt2", seed=seed).save_pretrained(tmp_path / part / "model")
+    models = [str(tmp_path / part / "model") for part in ("one", "two")]
+    flags = ["--source", "random", "--tokens", "9", "--sequences", "1", "--methods", "random", "--seeds", "1"]
+    assert main(["truth", "--worlds", "inj", "--model", *models, *flags, "--out", str(tmp_path / "out")]) == 0
+    table = json.loads((tmp_path / "out" / "table.json").read_text(encoding="utf8"))
+    assert len({(known["ground"], known["known"]) for known in table["known"]}) == 2
+    assert {row["n"] for row in table["rows"]} == {2}
 
 
 def test_one_command_prints_the_table(tmp_path, capsys):
