@@ -65,6 +65,14 @@ class PlainHooks:
         return module(**inputs)
 
 
+def as_tokens(tensor: Tensor, tokens: tuple[int, ...]) -> Tensor:
+    """[n, t, width], where a module is handed [n · t, width] (OPT's MLP) or heads apart, [n, t, h, width of one]."""
+    if tensor.dim() > 3:
+        return tensor.flatten(2)
+    flat = tensor.dim() == 2 and tensor.is_floating_point() and len(tensor) == tokens[0] * tokens[1]
+    return tensor.reshape(*tokens, -1) if flat else tensor
+
+
 def check_name(engine: str) -> None:
     """Refuse a name that is no engine's.
 

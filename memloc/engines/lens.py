@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 from torch import Tensor, nn
 
 from memloc import hooks
-from memloc.engines.engine import TRANSFORMER_LENS
+from memloc.engines.engine import TRANSFORMER_LENS, as_tokens
 from memloc.engines.twins import component, inside, twin
 from memloc.errors import InputError, ModelError
 from memloc.hooks import Point
@@ -82,6 +82,7 @@ class BridgeEngine:
         self._copied = dict(_copied(bridge.original_model, model))
         self.runs = 0
         self._own = 0
+        self._tokens: tuple[int, ...] = (0, 0)
         self._versions = {name: parameter._version for name, parameter in self._copied.items()}
 
     @contextlib.contextmanager
@@ -95,7 +96,7 @@ class BridgeEngine:
         runs, hooked, own = self.runs, hooks.count_hooks(self._modules), self._own
         with contextlib.ExitStack() as stack:
             for key, point in points.items():
-                stack.callback(_add(self.point(point), key, visit, passed))
+                stack.callback(self._add(self.point(point), key, visit, passed))
             # Methods also run blocks themselves, or the model from the middle: there the plain modules are visited.
             stack.enter_context(hooks.visiting(points, visit))
             self._own += hooks.count_hooks(self._modules) - hooked
@@ -133,9 +134,30 @@ class BridgeEngine:
                 raise ModelError(
                     f"{name} was edited, but the bridge computes with copies split from it; open the model again"
                 )
+        self._tokens = tuple(inputs["input_ids"].shape)
         found = component(self.bridge.original_model, self._paths[id(module)])(**inputs)
         self.runs += 1
         return found
+
+    def _add(
+        self, place: Any, key: K, visit: Callable[[K, Tensor], Tensor | None], passed: dict[K, bool]
+    ) -> Callable[[], None]:
+        """Put the visitor there; what is returned takes it, and nothing else, away again."""
+
+        def hook(tensor: Tensor, hook: Any) -> Tensor:
+            passed[key] = True
+            # Put back also where nothing is changed: what was shown must be what the gradient passes through.
+            shown = as_tokens(tensor, self._tokens)
+            found = visit(key, shown)
+            return (shown if found is None else found).reshape(tensor.shape)
+
+        handle = place.add_hook(hook)
+
+        def remove() -> None:
+            handle.hook.remove()
+            place.fwd_hooks.remove(handle)
+
+        return remove
 
 
 def _components(tree: nn.Module) -> Iterator[tuple[int, nn.Module]]:
@@ -156,22 +178,3 @@ def _copied(tree: nn.Module, model: nn.Module) -> Iterator[tuple[str, nn.Paramet
             split = part._parameters.get(name)
             if split is None or split.untyped_storage().data_ptr() != parameter.untyped_storage().data_ptr():
                 yield names[id(parameter)], parameter
-
-
-def _add(place: Any, key: K, visit: Callable[[K, Tensor], Tensor | None], passed: dict[K, bool]) -> Callable[[], None]:
-    """Put the visitor there; what is returned takes it, and nothing else, away again."""
-
-    def hook(tensor: Tensor, hook: Any) -> Tensor:
-        passed[key] = True
-        # Heads come as [n, t, h, width of one]; what was shown must be what the gradient passes through.
-        shown = tensor.flatten(2) if tensor.dim() > 3 else tensor
-        found = visit(key, shown)
-        return (shown if found is None else found).reshape(tensor.shape)
-
-    handle = place.add_hook(hook)
-
-    def remove() -> None:
-        handle.hook.remove()
-        place.fwd_hooks.remove(handle)
-
-    return remove

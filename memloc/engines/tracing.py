@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from memloc import hooks
-from memloc.engines.engine import NNSIGHT
+from memloc.engines.engine import NNSIGHT, as_tokens
 from memloc.errors import InputError, ModelError
 from memloc.hooks import Point, Side
 
@@ -118,10 +118,10 @@ class TraceEngine:
         wanted: Any = None if module is self._model else self._envoys[id(module)]
         stops = self._stops()
         kept: dict[str, Any] = {}
-        traced = self.traced
+        traced, tokens = self.traced, tuple(inputs["input_ids"].shape)
         # nnsight reads the body from this file's source and runs it beside the model: places in order of execution.
         with self._alone(), traced.trace(**inputs) as tracer:
-            raised = _visit(stops)
+            raised = _visit(stops, tokens)
             if raised is not None:
                 kept["raised"] = raised
                 tracer.stop()
@@ -161,16 +161,19 @@ class TraceEngine:
         return seen
 
 
-def _visit(stops: Sequence[Stop]) -> Exception | None:
+def _visit(stops: Sequence[Stop], tokens: tuple[int, ...]) -> Exception | None:
     """Call every visitor; the first exception, which nnsight would dress up in another, is handed back."""
     for envoy, side, visit in stops:
         whole = envoy.input if side == "input" else envoy.output
+        tensor = hooks.first(whole)
+        shown = as_tokens(tensor, tokens)
         try:
-            found = visit(hooks.first(whole))
+            found = visit(shown)
         except Exception as error:
             return error
-        if found is None:
+        if found is None and shown is tensor:
             continue
+        found = (shown if found is None else found).reshape(tensor.shape)
         if side == "input":
             envoy.input = found
         else:

@@ -156,9 +156,9 @@ def test_processed_weights_are_refused():
 def test_a_place_that_transformer_lens_runs_past_is_refused():
     bridge, plain = handed("gpt2")
     view = ModelView.open(bridge, engine="transformer-lens")
-    with pytest.raises(ModelError, match=r"L0\.attn\.q: TransformerLens computes past this place"):
-        with view.record([Site(0, Kind.ATTN_Q)]):
-            view.hidden(batch_of(plain))
+    past = r"L0\.attn\.q: TransformerLens computes past this place"
+    with pytest.raises(ModelError, match=past), view.record([Site(0, Kind.ATTN_Q)]):
+        view.hidden(batch_of(plain))
 
 
 def test_a_method_that_listens_on_modules_itself_is_served_by_the_plain_model():

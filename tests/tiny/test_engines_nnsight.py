@@ -94,7 +94,7 @@ def test_a_recording_that_stops_leaves_early_and_what_a_visitor_raises_comes_out
     def refuse(_, tensor):
         raise InputError("not this one")
 
-    with pytest.raises(InputError, match="^not this one$"), view.replace([site], refuse):
+    with pytest.raises(InputError, match=r"^not this one$"), view.replace([site], refuse):
         view.logits(batch)
     with torch.no_grad():
         torch.testing.assert_close(view.logits(batch), plain.logits(batch))
@@ -236,7 +236,8 @@ def test_a_localization_is_said_in_both_languages():
                 plain.hidden(batch_of(plain))
             whole = seen[one.site]
             apart = whole.view(*whole.shape[:2], plain.heads, -1) if grain is Grain.HEAD else whole
-            torch.testing.assert_close(eval(f"apart{one.index}"), eval(f"whole{other.index}"))
+            names = {"apart": apart, "whole": whole}
+            torch.testing.assert_close(eval(f"apart{one.index}", names), eval(f"whole{other.index}", names))
 
 
 def test_show_prints_names(tmp_path, tiny_lab, capsys):
