@@ -118,29 +118,6 @@ def record_calls(modules: Mapping[K, nn.Module]) -> Iterator[dict[K, Call]]:
         yield seen
 
 
-@contextlib.contextmanager
-def record_order(modules: Iterable[nn.Module]) -> Iterator[dict[tuple[int, Side], int]]:
-    """When each module was first entered and left: (its id, side) to a rank. Fills as the model runs."""
-    seen: dict[tuple[int, Side], int] = {}
-
-    def entered(module: nn.Module, _: Any) -> None:
-        seen.setdefault((id(module), "input"), len(seen))
-
-    def left(module: nn.Module, _: Any, __: Any) -> None:
-        seen.setdefault((id(module), "output"), len(seen))
-
-    with contextlib.ExitStack() as stack:
-        for module in modules:
-            stack.callback(module.register_forward_pre_hook(entered).remove)
-            stack.callback(module.register_forward_hook(left).remove)
-        yield seen
-
-
-def count_hooks(modules: Iterable[nn.Module]) -> int:
-    """How many forward hooks there are on `modules`, anybody's."""
-    return sum(len(module._forward_hooks) + len(module._forward_pre_hooks) for module in modules)
-
-
 @dataclass
 class Traffic:
     """Tokens that went through modules, forward and backward, all modules together."""
@@ -207,3 +184,26 @@ def first(output: Any) -> Tensor:
     """A module's tensor: its output, or the first part of it where it returns a tuple."""
     tensor: Tensor = output[0] if isinstance(output, tuple) else output
     return tensor
+
+
+@contextlib.contextmanager
+def rank_calls(modules: Iterable[nn.Module]) -> Iterator[dict[tuple[int, Side], int]]:
+    """When each module was first entered and left: (its id, side) to a rank. Fills as the model runs."""
+    seen: dict[tuple[int, Side], int] = {}
+
+    def entered(module: nn.Module, _: Any) -> None:
+        seen.setdefault((id(module), "input"), len(seen))
+
+    def left(module: nn.Module, _: Any, __: Any) -> None:
+        seen.setdefault((id(module), "output"), len(seen))
+
+    with contextlib.ExitStack() as stack:
+        for module in modules:
+            stack.callback(module.register_forward_pre_hook(entered).remove)
+            stack.callback(module.register_forward_hook(left).remove)
+        yield seen
+
+
+def count_hooks(modules: Iterable[nn.Module]) -> int:
+    """How many forward hooks there are on `modules`, anybody's."""
+    return sum(len(module._forward_hooks) + len(module._forward_pre_hooks) for module in modules)

@@ -40,17 +40,14 @@ class ModelView:
         row: the family's row.
         tokenizer: its tokenizer, or None.
         name: what to call it in reports.
-        engine: what runs the model and visits places in it; by default torch hooks.
 
     Raises:
         ModelError: a parameter is quantised, offloaded or not finite.
     """
 
-    def __init__(
-        self, model: Any, row: Row, tokenizer: Any = None, name: str = "", engine: Engine | None = None
-    ) -> None:
+    def __init__(self, model: Any, row: Row, tokenizer: Any = None, name: str = "") -> None:
         self.model: Any = model.eval()
-        self.engine: Engine = engine or PlainHooks()
+        self.engine: Engine = PlainHooks()
         self.row = row
         self.tokenizer = tokenizer
         self.config: Any = self.model.config
@@ -105,10 +102,17 @@ class ModelView:
             model = model.to(device)
         opened = open_engine(model, engine)
         tokenizer = tokenizer if tokenizer is not None else opened.tokenizer
-        view = cls(opened.model, row_for(opened.model.config), tokenizer, name, opened.engine)
+        view = cls._look(opened.model, tokenizer, name, prove).running(opened.engine)
         if prove:
-            prove_row(view.running())
             prove_engine(view, opened.bridge)
+        return view
+
+    @classmethod
+    def _look(cls, model: Any, tokenizer: Any, name: str, prove: bool) -> ModelView:
+        """A view of a plain model in memory, by plain hooks."""
+        view = cls(model, row_for(model.config), tokenizer, name)
+        if prove:
+            prove_row(view)
         return view
 
     def running(self, engine: Engine | None = None) -> ModelView:

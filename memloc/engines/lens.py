@@ -147,9 +147,10 @@ class BridgeEngine:
         def hook(tensor: Tensor, hook: Any) -> Tensor:
             passed[key] = True
             # Put back also where nothing is changed: what was shown must be what the gradient passes through.
-            shown = as_tokens(tensor, self._tokens)
+            # A copy, also because some models go on to write over what a map put out.
+        shown = as_tokens(tensor, self._tokens)
             found = visit(key, shown)
-            return (shown if found is None else found).reshape(tensor.shape)
+            return (shown.clone() if found is None else found).reshape(tensor.shape)
 
         handle = place.add_hook(hook)
 

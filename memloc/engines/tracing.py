@@ -156,7 +156,7 @@ class TraceEngine:
     def _learn(self) -> dict[tuple[int, Side], int]:
         """In which order places are passed. nnsight must be asked in that order."""
         ids = torch.zeros(1, 2, dtype=torch.long, device=next(self._model.parameters()).device)
-        with self._alone(), hooks.record_order(list(self._model.modules())) as seen:
+        with self._alone(), hooks.rank_calls(list(self._model.modules())) as seen:
             self._model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False)
         return seen
 
@@ -171,9 +171,10 @@ def _visit(stops: Sequence[Stop], tokens: tuple[int, ...]) -> Exception | None:
             found = visit(shown)
         except Exception as error:
             return error
-        if found is None and shown is tensor:
+        if found is None and shown is tensor and side == "input":
             continue
-        found = (shown if found is None else found).reshape(tensor.shape)
+        # A copy of what came out: some models go on to write over it.
+        found = (shown.clone() if found is None else found).reshape(tensor.shape)
         if side == "input":
             envoy.input = found
         else:
