@@ -146,9 +146,9 @@ class BridgeEngine:
 
         def hook(tensor: Tensor, hook: Any) -> Tensor:
             passed[key] = True
-            # Put back also where nothing is changed: what was shown must be what the gradient passes through.
-            # A copy, also because some models go on to write over what a map put out.
-        shown = as_tokens(tensor, self._tokens)
+            # Put back also where nothing is changed: what was shown must be what the gradient passes through. A copy,
+            # since some models go on to write over what a map put out.
+            shown = as_tokens(tensor, self._tokens)
             found = visit(key, shown)
             return (shown.clone() if found is None else found).reshape(tensor.shape)
 
