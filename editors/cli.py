@@ -20,6 +20,7 @@ from memloc.command import Verb, common, out
 from memloc.errors import InputError, MemlocError
 from memloc.methods import LOCALIZERS, MEASURES
 from memloc.terminal import Terminal, complain
+from memloc.verbs import check
 
 if TYPE_CHECKING:
     from editors.base import Request
@@ -58,6 +59,10 @@ def _list_flags(parser: argparse.ArgumentParser) -> None:
 
 def _list(arguments: argparse.Namespace, terminal: Terminal) -> None:
     looking.list_methods([MEASURES, LOCALIZERS, EDITORS], terminal, arguments.what)
+
+
+def _check(arguments: argparse.Namespace, terminal: Terminal) -> None:
+    check.run(arguments, terminal, (LOCALIZERS, EDITORS))
 
 
 def _edit_flags(parser: argparse.ArgumentParser) -> None:
@@ -181,6 +186,7 @@ def _demo(arguments: argparse.Namespace, terminal: Terminal) -> None:
 def verbs() -> tuple[Verb, ...]:
     """Every verb, in the order of the loop."""
     *looks, report = looking.verbs()
+    looks = [replace(verb, run=_check) if verb.name == "check" else verb for verb in looks]
     return (
         Verb("list", "every localizer, editor and measure", _list_flags, _list),
         *looks,

@@ -1,14 +1,16 @@
 """Record and replace what flows into or out of torch modules. The only file that registers hooks.
 
-Both are context managers: hooks are gone when the block ends, however it ends.
+Both are context managers: hooks are gone when the block ends, however it ends. What is recorded and replaced is decided
+here once; where the visitor is called from may be another engine's affair (`visiting`).
 """
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, Protocol, TypeVar
 
 from torch import Tensor, nn
 
@@ -18,18 +20,49 @@ Side = Literal["input", "output"]
 
 @dataclass(frozen=True)
 class Point:
-    """The input or the output of one module (its first argument, or the first part of its result)."""
+    """The input or the output of one module (its first argument, or the first part of its result).
+
+    Attributes:
+        module: the module.
+        side: which of the two.
+        block: the block it is in, where that may hand it its tokens flat, [n · t, f]: they are seen as [n, t, f], as
+            the block got them.
+        overwritten: the model goes on to write over what the module puts out, so it is handed a copy.
+    """
 
     module: nn.Module
     side: Side
+    block: nn.Module | None = None
+    overwritten: bool = False
 
 
-class _Stopped(Exception):  # noqa: N818 - a signal, not an error
+class Visiting(Protocol):
+    """How a visitor is brought to points: `visit(key, tensor)` is called there in every pass in the block.
+
+    What it returns takes the tensor's place; None leaves it.
+    """
+
+    def __call__(
+        self, points: Mapping[K, Point], visit: Callable[[K, Tensor], Tensor | None]
+    ) -> AbstractContextManager[None]:
+        """The block."""
+
+
+class Stopped(Exception):  # noqa: N818 - a signal, not an error
     """Raised to leave a forward pass once everything asked for has been recorded."""
 
 
 @contextlib.contextmanager
-def record(points: Mapping[K, Point], *, grad: bool = False, stop: bool = False) -> Iterator[dict[K, Tensor]]:
+def visiting(points: Mapping[K, Point], visit: Callable[[K, Tensor], Tensor | None]) -> Iterator[None]:
+    """By torch hooks; see `Visiting`."""
+    with _hooked(points, visit):
+        yield
+
+
+@contextlib.contextmanager
+def record(
+    points: Mapping[K, Point], *, grad: bool = False, stop: bool = False, by: Visiting = visiting
+) -> Iterator[dict[K, Tensor]]:
     """What flows through `points` in the last forward pass inside the block.
 
     Args:
@@ -38,6 +71,7 @@ def record(points: Mapping[K, Point], *, grad: bool = False, stop: bool = False)
             parameters are frozen; otherwise the tensors are detached.
         stop: leave the forward pass once every point has been seen. The rest of the `with` body is then skipped, so
             the forward should be its last statement.
+        by: how the points are visited; by default by torch hooks.
 
     Yields:
         A dict that fills as the model runs: key to the tensor itself (not a copy).
@@ -53,26 +87,48 @@ def record(points: Mapping[K, Point], *, grad: bool = False, stop: bool = False)
                 tensor.retain_grad()
         seen[key] = tensor if grad else tensor.detach()
         if stop and len(seen) == len(points):
-            raise _Stopped
+            raise Stopped
         return changed
 
-    with contextlib.suppress(_Stopped), _hooked(points, keep):
+    with contextlib.suppress(Stopped), by(points, keep):
         yield seen
 
 
 @contextlib.contextmanager
-def replace(points: Mapping[K, Point], change: Callable[[K, Tensor], Tensor]) -> Iterator[None]:
+def replace(
+    points: Mapping[K, Point], change: Callable[[K, Tensor], Tensor], *, by: Visiting = visiting
+) -> Iterator[None]:
     """Put `change(key, tensor)` in the place of what flows through each of `points`, in every pass in the block."""
-    with _hooked(points, change):
+    with by(points, change):
         yield
 
 
 @dataclass(frozen=True)
 class Call:
-    """What a module was called with: everything but the first argument, to call it again."""
+    """What a module was called with: everything but the first argument, to call it again.
+
+    Attributes:
+        args: by position, the first left out.
+        kwargs: by name, that first one left out.
+        rows: how many rows there were.
+    """
 
     args: tuple[Any, ...]
     kwargs: Mapping[str, Any]
+    rows: int = 1
+
+    def again(self, module: nn.Module, tensor: Tensor) -> Any:
+        """The module's result on another tensor, of as many rows, or of any number where the call had one."""
+        call = self.fitted(len(tensor))
+        return module(tensor, *call.args, **call.kwargs)
+
+    def fitted(self, rows: int) -> Call:
+        """The call for so many rows, where it had one: what is not broadcast over rows is repeated."""
+        # Masks and positions of one row broadcast. Alibi does not: its first axis may be rows · heads.
+        alibi = self.kwargs.get("alibi")
+        if rows == self.rows or self.rows != 1 or alibi is None:
+            return self
+        return Call(self.args, {**self.kwargs, "alibi": alibi.repeat(rows, *[1] * (alibi.dim() - 1))}, rows)
 
 
 @contextlib.contextmanager
@@ -84,11 +140,26 @@ def record_calls(modules: Mapping[K, nn.Module]) -> Iterator[dict[K, Call]]:
 
             def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], key: K = key) -> None:
                 rest = dict(kwargs)
-                if not args:
-                    rest.pop("hidden_states", None)
-                seen[key] = Call(args[1:], rest)
+                entering = args[0] if args else rest.pop("hidden_states")
+                seen[key] = Call(args[1:], rest, len(entering))
 
             stack.callback(module.register_forward_pre_hook(hook, with_kwargs=True).remove)
+        yield seen
+
+
+@contextlib.contextmanager
+def record_order(modules: Mapping[K, nn.Module]) -> Iterator[list[tuple[K, Tensor, Tensor]]]:
+    """Every call of `modules` inside the block, in order: the key, copies of what entered and of what came out."""
+    seen: list[tuple[K, Tensor, Tensor]] = []
+    with contextlib.ExitStack() as stack:
+        for key, module in modules.items():
+
+            def hook(_: nn.Module, args: tuple[Any, ...], output: Any, key: K = key) -> None:
+                if args and isinstance(args[0], Tensor) and isinstance(first(output), Tensor):
+                    # Copies: some models add in place onto what a map put out.
+                    seen.append((key, args[0].detach().clone(), first(output).detach().clone()))
+
+            stack.callback(module.register_forward_hook(hook).remove)
         yield seen
 
 
@@ -124,14 +195,48 @@ def count_tokens(modules: Iterable[nn.Module]) -> Iterator[Traffic]:
 
 @contextlib.contextmanager
 def _hooked(points: Mapping[K, Point], visit: Callable[[K, Tensor], Tensor | None]) -> Iterator[None]:
+    tokens: dict[nn.Module, tuple[int, ...]] = {}
+
+    def enter(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        tokens[block] = tuple((args[0] if args else kwargs["hidden_states"]).shape[:2])
+
     with contextlib.ExitStack() as stack:
+        for block in dict.fromkeys(point.block for point in points.values() if point.block is not None):
+            stack.callback(block.register_forward_pre_hook(enter, with_kwargs=True).remove)
         for key, point in points.items():
+            seen = _unflattened(_copied(visit) if point.overwritten else visit, tokens, point.block)
             if point.side == "input":
-                handle = point.module.register_forward_pre_hook(_before(key, visit), with_kwargs=True)
+                handle = point.module.register_forward_pre_hook(_before(key, seen), with_kwargs=True)
             else:
-                handle = point.module.register_forward_hook(_after(key, visit))
+                handle = point.module.register_forward_hook(_after(key, seen))
             stack.callback(handle.remove)
         yield
+
+
+def _copied(visit: Callable[[K, Tensor], Tensor | None]) -> Callable[[K, Tensor], Tensor]:
+    """`visit`, after which the model goes on with a tensor of its own."""
+
+    def shown(key: K, tensor: Tensor) -> Tensor:
+        found = visit(key, tensor)
+        return (tensor if found is None else found).clone()
+
+    return shown
+
+
+def _unflattened(
+    visit: Callable[[K, Tensor], Tensor | None], tokens: Mapping[nn.Module, tuple[int, ...]], block: nn.Module | None
+) -> Callable[[K, Tensor], Tensor | None]:
+    """`visit`, shown [n, t, f] where the module is handed [n · t, f]."""
+
+    def shown(key: K, tensor: Tensor) -> Tensor | None:
+        if block is None or tensor.dim() != 2:
+            return visit(key, tensor)
+        whole = tensor.view(*tokens[block], -1)
+        found = visit(key, whole)
+        # Put back also where nothing is changed: what was shown must be what the gradient passes through.
+        return (whole if found is None else found).flatten(0, 1)
+
+    return shown
 
 
 def _before(key: K, visit: Callable[[K, Tensor], Tensor | None]) -> Callable[..., Any]:
@@ -158,3 +263,26 @@ def first(output: Any) -> Tensor:
     """A module's tensor: its output, or the first part of it where it returns a tuple."""
     tensor: Tensor = output[0] if isinstance(output, tuple) else output
     return tensor
+
+
+@contextlib.contextmanager
+def rank_calls(modules: Iterable[nn.Module]) -> Iterator[dict[tuple[int, Side], int]]:
+    """When each module was first entered and left: (its id, side) to a rank. Fills as the model runs."""
+    seen: dict[tuple[int, Side], int] = {}
+
+    def entered(module: nn.Module, _: Any) -> None:
+        seen.setdefault((id(module), "input"), len(seen))
+
+    def left(module: nn.Module, _: Any, __: Any) -> None:
+        seen.setdefault((id(module), "output"), len(seen))
+
+    with contextlib.ExitStack() as stack:
+        for module in modules:
+            stack.callback(module.register_forward_pre_hook(entered).remove)
+            stack.callback(module.register_forward_hook(left).remove)
+        yield seen
+
+
+def count_hooks(modules: Iterable[nn.Module]) -> int:
+    """How many forward hooks there are on `modules`, anybody's."""
+    return sum(len(module._forward_hooks) + len(module._forward_pre_hooks) for module in modules)

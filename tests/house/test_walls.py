@@ -18,15 +18,14 @@ from memloc.registry import Registry
 ROOT = Path(__file__).parents[2]
 
 FLOORS: tuple[str, ...] = (
-    "memloc.lazy",
-    "memloc memloc.errors memloc.hooks memloc.progress memloc.statistics",
-    "memloc.flags memloc.provenance memloc.registry memloc.sites memloc.store memloc.terminal",
+    "memloc memloc.errors memloc.hooks memloc.lazy memloc.progress memloc.statistics",
+    "memloc.flags memloc.loading memloc.provenance memloc.registry memloc.sites memloc.store memloc.terminal",
     "memloc.architectures memloc.measurement memloc.methods memloc.passages memloc.scores",
-    "memloc.batches memloc.formats memloc.loading memloc.results",
-    "memloc.plots memloc.proof",
-    "memloc.report memloc.view",
-    "memloc.command memloc.costs memloc.lab memloc.moments memloc.notebook memloc.objectives memloc.parts "
-    "memloc.reading",
+    "memloc.batches memloc.call_order memloc.formats memloc.results",
+    "memloc.paths_given memloc.plots memloc.proof",
+    "memloc.engines memloc.report",
+    "memloc.notebook memloc.view",
+    "memloc.command memloc.costs memloc.lab memloc.moments memloc.objectives memloc.parts memloc.reading",
     "memloc.rewinding memloc.running",
     "memloc.ablations memloc.gradients memloc.measures memloc.patching",
     "memloc.grids memloc.localizers memloc.truth",
