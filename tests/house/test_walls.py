@@ -18,8 +18,9 @@ from memloc.registry import Registry
 ROOT = Path(__file__).parents[2]
 
 FLOORS: tuple[str, ...] = (
-    "memloc memloc.errors memloc.hooks memloc.lazy memloc.progress memloc.statistics",
-    "memloc.flags memloc.loading memloc.provenance memloc.registry memloc.sites memloc.store memloc.terminal",
+    "memloc.errors memloc.hooks memloc.lazy memloc.progress memloc.statistics",
+    "memloc memloc.flags memloc.loading memloc.provenance memloc.registry memloc.sites memloc.store",
+    "memloc.terminal",
     "memloc.architectures memloc.measurement memloc.methods memloc.passages memloc.scores",
     "memloc.batches memloc.call_order memloc.formats memloc.results",
     "memloc.paths_given memloc.plots memloc.proof",
