@@ -19,13 +19,13 @@ ROOT = Path(__file__).parents[2]
 
 FLOORS: tuple[str, ...] = (
     "memloc memloc.errors memloc.hooks memloc.progress memloc.statistics",
-    "memloc.flags memloc.provenance memloc.registry memloc.sites memloc.store memloc.terminal",
+    "memloc.flags memloc.processes memloc.provenance memloc.registry memloc.sites memloc.store memloc.terminal",
     "memloc.architectures memloc.measurement memloc.methods memloc.passages memloc.scores",
     "memloc.batches memloc.formats memloc.loading memloc.results",
     "memloc.plots memloc.proof",
     "memloc.report memloc.view",
     "memloc.command memloc.costs memloc.lab memloc.moments memloc.objectives memloc.parts memloc.reading",
-    "memloc.rewinding memloc.running",
+    "memloc.rewinding memloc.running memloc.shared_work",
     "memloc.ablations memloc.gradients memloc.measures memloc.patching",
     "memloc.grids memloc.localizers memloc.truth",
     "memloc.checks memloc.verbs",
