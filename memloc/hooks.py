@@ -12,6 +12,8 @@ from typing import Any, Literal, TypeVar
 
 from torch import Tensor, nn
 
+from memloc import slices
+
 K = TypeVar("K")
 Side = Literal["input", "output"]
 
@@ -134,9 +136,21 @@ def _hooked(points: Mapping[K, Point], visit: Callable[[K, Tensor], Tensor | Non
         yield
 
 
+def _visited(
+    module: nn.Module, side: Side, tensor: Tensor, key: K, visit: Callable[[K, Tensor], Tensor | None]
+) -> Tensor | None:
+    """`visit` a tensor, whole also where this process has a slice of it only."""
+    cut = slices.cut(module, side, tensor)
+    if cut is None:
+        return visit(key, tensor)
+    joined = cut.join(tensor)
+    found = visit(key, joined)
+    return cut.part(joined if found is None else found)
+
+
 def _before(key: K, visit: Callable[[K, Tensor], Tensor | None]) -> Callable[..., Any]:
-    def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        found = visit(key, args[0] if args else kwargs["hidden_states"])
+    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        found = _visited(module, "input", args[0] if args else kwargs["hidden_states"], key, visit)
         if found is None:
             return None
         return ((found, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": found})
@@ -145,8 +159,8 @@ def _before(key: K, visit: Callable[[K, Tensor], Tensor | None]) -> Callable[...
 
 
 def _after(key: K, visit: Callable[[K, Tensor], Tensor | None]) -> Callable[..., Any]:
-    def hook(_: nn.Module, __: Any, output: Any) -> Any:
-        found = visit(key, first(output))
+    def hook(module: nn.Module, _: Any, output: Any) -> Any:
+        found = _visited(module, "output", first(output), key, visit)
         if found is None:
             return None
         return (found, *output[1:]) if isinstance(output, tuple) else found

@@ -78,7 +78,7 @@ def moments(view: ModelView, text: Passages, sites: Sequence[Site], *, size: int
         MismatchError: the processes hold different models.
     """
     mine = share(text, processes.rank(), processes.count())
-    if not sites or not text or len(mine) == len(text):
+    if not sites or not text or processes.count() == 1:
         return second_moments(view, text, sites, size=size)
     own = second_moments(view, mine, sites, size=size) if mine else None
     facts = processes.exchange((view.digest, 0 if own is None else own.count))

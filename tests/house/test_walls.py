@@ -18,8 +18,8 @@ from memloc.registry import Registry
 ROOT = Path(__file__).parents[2]
 
 FLOORS: tuple[str, ...] = (
-    "memloc memloc.errors memloc.hooks memloc.progress memloc.statistics",
-    "memloc.flags memloc.processes memloc.provenance memloc.registry memloc.sites memloc.store memloc.terminal",
+    "memloc memloc.errors memloc.progress memloc.slices memloc.statistics",
+    "memloc.flags memloc.hooks memloc.processes memloc.provenance memloc.registry memloc.sites memloc.store memloc.terminal",
     "memloc.architectures memloc.measurement memloc.methods memloc.passages memloc.scores",
     "memloc.batches memloc.formats memloc.loading memloc.results",
     "memloc.plots memloc.proof",

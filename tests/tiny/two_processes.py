@@ -11,25 +11,41 @@ import torch
 import zoo
 
 from memloc import processes, shared_work
-from memloc.localizers.weight_gradient import WeightGradient
+from memloc.methods import LOCALIZERS
+from memloc.moments import second_moments
 from memloc.sites import Kind
 from memloc.view import ModelView
 
 TEXT = zoo.passages(7, seed=5)
 PASSAGES = zoo.passages(5)
+CONTRAST = zoo.passages(3, seed=8)
+NAMES = sorted({*LOCALIZERS, "weight-gradient per passage", "prefix-perturbation exact", "activation-patching position"})
 
 
 def view() -> ModelView:
     return ModelView.open(zoo.build("gpt2", dtype=torch.float64))
 
 
+def whole(folder: Path) -> dict[str, object]:
+    """What one process says."""
+    looked = view()
+    sites = looked.sites(Kind.MLP_OUT, Kind.ATTN_OUT)
+    moments = {"moments": second_moments(looked, TEXT, sites), "of one row": second_moments(looked, TEXT[:1], sites)}
+    found = {}
+    for name in NAMES:
+        localizer = cases.made(name, looked, folder)
+        if getattr(localizer, "in_parts", False):
+            found[name] = localizer(looked, PASSAGES, contrast=CONTRAST)
+    return {"localizations": found, **moments}
+
+
 def localizations(folder: Path) -> dict[str, object]:
     looked = view()
     found = {}
-    for name in cases.NAMES:
-        localizer = cases.make(name, looked, folder)
+    for name in NAMES:
+        localizer = cases.made(name, looked, folder)
         if getattr(localizer, "in_parts", False):
-            found[name] = shared_work.localize(localizer, looked, PASSAGES, contrast=zoo.passages(3, seed=8))
+            found[name] = shared_work.localize(localizer, looked, PASSAGES, contrast=CONTRAST)
     return found
 
 
