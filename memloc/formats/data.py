@@ -7,13 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from memloc.formats import table
-from memloc.formats.format import Settings
+from memloc.formats.format import OWN_FACTS, OWN_PASSAGES, Settings
 from memloc.passages import Facts, Passages
 
 PEEK = 2**20
 """Bytes looked at for a first line of memloc's own; a longer one is recognised with the whole file."""
-OWN_PASSAGES = ({"prefix_ids", "suffix_ids"}, {"prefix", "suffix"})
-OWN_FACTS = ({"prompt", "subject", "target", "target_true"},)
 
 
 def passages(path: str | Path, tokenizer: Any, *, prefix: int = 50, suffix: int = 50) -> Passages:
@@ -40,7 +38,7 @@ def facts(path: str | Path, tokenizer: Any) -> Facts:
     return table.facts(table.read(path, settings), settings)
 
 
-def _own(path: Path, *shapes: set[str]) -> bool:
+def _own(path: Path, *shapes: frozenset[str]) -> bool:
     """Whether the first line is a record of memloc's own."""
     try:
         with path.open("rb") as file:

@@ -12,6 +12,9 @@ from memloc.formats.content import Content, Row
 
 PASSAGE_KEYS = frozenset({"id", "text", "prefix", "suffix", "prefix_ids", "suffix_ids"})
 FACT_KEYS = frozenset({"id", "prompt", "subject", "target", "target_true", "paraphrases", "neighbors"})
+OWN_PASSAGES = (frozenset({"prefix_ids", "suffix_ids"}), frozenset({"prefix", "suffix"}))
+OWN_FACTS = (frozenset({"prompt", "subject", "target", "target_true"}),)
+"""Keys by which records of memloc's own are known, whatever else they carry."""
 PLACE = "{question}"
 """Where in a template the question stands."""
 QUESTION = "Question: {question}\nAnswer:"

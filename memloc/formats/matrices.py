@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from memloc.errors import InputError
-from memloc.formats.content import Content, Row, open_content
+from memloc.formats.content import Content, Row
 from memloc.formats.format import Format, Settings
+from memloc.formats.opening import open_content
 
 if TYPE_CHECKING:
     import numpy as np
@@ -79,7 +80,7 @@ def rows(content: Content, settings: Settings) -> Iterable[Row]:
 
 def _matrix(content: Content) -> np.ndarray[Any, Any]:
     if content.matrix is None:
-        raise InputError(f"{content.path}: found {content.described()}, expected a matrix of token ids")
+        raise InputError(f"{content.described()}; expected a matrix of token ids")
     return content.matrix
 
 

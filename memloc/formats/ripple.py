@@ -36,7 +36,8 @@ FRAMES = tuple(
     )
 )
 """How questions are phrased; the first that fits a question counts."""
-ENDS = re.compile(r" (?:is|are|follows|is followed by|still alive\?)(?= )")
+ENDS = re.compile(r"(?:(?<= is)|(?<= are)|(?<= follows)|(?<= followed by)|(?<= still alive\?))(?= )")
+"""Where a question may end: places between two characters, so that "is" inside "is followed by" is one too."""
 
 
 def ripple(record: Any, settings: Settings) -> list[dict[str, Any]]:

@@ -11,8 +11,9 @@ from typing import Any
 
 from memloc.errors import InputError, UnknownName
 from memloc.formats import cloze, matrices, rewrites, ripple, texts
-from memloc.formats.content import Content, Problem, open_content
-from memloc.formats.format import Format, Settings
+from memloc.formats.content import Content, Problem
+from memloc.formats.format import OWN_FACTS, OWN_PASSAGES, Format, Settings
+from memloc.formats.opening import open_content
 from memloc.formats.results import WRITERS, is_measurement
 from memloc.passages import Facts, Passages
 from memloc.progress import steps
@@ -76,15 +77,18 @@ def detect(content: Content) -> Format:
     Raises:
         InputError: none or several; what was seen and what is known is said.
     """
+    for name, shapes in (("passages", OWN_PASSAGES), ("facts", OWN_FACTS)):
+        if any(content.has(*shape) for shape in shapes):
+            return FORMATS[name]
     found = [entry for entry in FORMATS.values() if entry.matches(content)]
     if len(found) == 1:
         return found[0]
     if found:
         names = " or ".join(entry.name for entry in found)
-        raise InputError(f"{content.path}: found {content.described()}, which may be {names}; say which with --as")
+        raise InputError(f"{content.described()}, which may be {names}; say which with --as")
     if content.problems and not content.rows:
         raise InputError(f"{content.path}, {content.problems[0]}")
-    raise InputError(f"{content.path}: found {content.described()}; known are {', '.join(FORMATS)}")
+    raise InputError(f"{content.described()}; known are {', '.join(FORMATS)}; see memloc validate --help")
 
 
 def named(name: str) -> Format:
@@ -200,7 +204,7 @@ def problems_of(reading: Reading, settings: Settings) -> tuple[Problem, ...]:
     for row in steps(reading.rows, f"tokenising {reading.path.name}"):
         one = replace(reading, rows=(row,), problems=())
         try:
-            passages(one, settings)
+            passages(one, settings).check(len(settings.tokenizer), None)
         except InputError as error:
             found.append(Problem(row[0], str(error).removeprefix(f"{reading.path}, {row[0]}: ")))
     return tuple(found)

@@ -37,7 +37,7 @@ def question(record: Any, settings: Settings) -> list[dict[str, Any]]:
     prompt = settings.template.replace(PLACE, text_at(entry, "question"))
     answer = text_at(entry, "answer")
     space = "" if answer[:1].isspace() or prompt[-1:].isspace() else " "
-    rest = carried(entry, ("answer",), PASSAGE_KEYS)
+    rest = carried(entry, ("id", "answer"), PASSAGE_KEYS)
     return [{**_named(entry), "prefix": prompt, "suffix": space + answer, "template": settings.template,
              "format": "question-answer", **rest}]  # fmt: skip
 
@@ -50,7 +50,7 @@ def joined(name: str) -> Any:
         entry = object_at(record)
         head, tail = text_at(entry, head_key), text_at(entry, tail_key)
         apart = head[-1:].isspace() or not (tail[0].isalnum() and head[-1:].isprintable())
-        rest = carried(entry, (head_key, tail_key), PASSAGE_KEYS)
+        rest = carried(entry, ("id", head_key, tail_key), PASSAGE_KEYS)
         added = {} if apart else {"joined-with": " "}
         return [{**_named(entry), "prefix": head, "suffix": tail if apart else " " + tail, "format": name, **added,
                  **rest}]  # fmt: skip
@@ -64,8 +64,8 @@ def mempi(record: Any, settings: Settings) -> list[dict[str, Any]]:
     prompt, whole = text_at(entry, "prompt"), text_at(entry, "all")
     if not whole.startswith(prompt) or len(whole) == len(prompt):
         raise InputError(f"key 'all': expected the prompt {shown(prompt)} and more, found {shown(whole)}")
-    rest = carried(entry, ("prompt", "all"), PASSAGE_KEYS)
-    return [{"prefix": prompt, "suffix": whole[len(prompt) :], "format": "mempi", **rest}]
+    rest = carried(entry, ("id", "prompt", "all"), PASSAGE_KEYS)
+    return [{**_named(entry), "prefix": prompt, "suffix": whole[len(prompt) :], "format": "mempi", **rest}]
 
 
 def under(key: str, name: str) -> Any:
@@ -73,7 +73,7 @@ def under(key: str, name: str) -> Any:
 
     def convert(record: Any, settings: Settings) -> list[dict[str, Any]]:
         entry = object_at(record)
-        rest = carried(entry, (key,), PASSAGE_KEYS)
+        rest = carried(entry, ("id", key), PASSAGE_KEYS)
         return [{**_named(entry), "text": text_at(entry, key), "format": name, **rest}]
 
     return convert
@@ -89,7 +89,7 @@ def tokens(record: Any, settings: Settings) -> list[dict[str, Any]]:
     head, tail, name = halves(ids, settings)
     number = entry.get("index", entry.get("Index"))
     named = {"id": str(number)} if number is not None else _named(entry)
-    rest = carried(entry, (key,), PASSAGE_KEYS)
+    rest = carried(entry, ("id", key), PASSAGE_KEYS)
     return [{**named, "prefix_ids": head, "suffix_ids": tail, "format": name, **rest}]
 
 
@@ -189,6 +189,12 @@ FORMATS = (
         "ECBD definitions, to inject: definition",
         lambda content: content.has("definition"),
         under("definition", "definitions"),
+    ),
+    _passages(
+        "wikimia",
+        "WikiMIA: input, label (1 for members)",
+        lambda content: content.has("input", "label"),
+        under("input", "wikimia"),
     ),
     _passages(
         "paragraphs",

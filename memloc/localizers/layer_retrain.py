@@ -74,8 +74,10 @@ class LayerRetrain:
             InputError: no passages, no contrast, no checkpoint named.
             CheckpointError, MismatchError: a checkpoint is damaged, or of another architecture.
         """
-        if not passages or not contrast:
-            raise InputError("layer-retrain: needs passages, and clean text to train on as contrast")
+        if not passages:
+            raise InputError("layer-retrain: no passages given")
+        if not contrast:
+            raise InputError("layer-retrain: needs clean text to train on, as contrast")
         snapshots, wanted = self._series(), self._windows(view)
         surveys = [survey(view, snapshot, self._all(view), self._kinds()) for snapshot in snapshots]
         clean, other = self._judged(view, passages, {}), self._judged(view, contrast, {})

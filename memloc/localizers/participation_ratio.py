@@ -89,6 +89,8 @@ class ParticipationRatio:
             ids, where = _parsed(self.tokens), f"tokens {self.tokens}"
         else:
             given = contrast or passages
+            if not given:
+                raise InputError("participation-ratio: no passages given to take the cycle from, and no tokens named")
             ids, where = _apart(given), given.origin or "passages"
         if len(ids) < FEWEST:
             raise InputError(f"participation-ratio: {where}: {len(ids)} tokens; a spectrum needs at least {FEWEST}")

@@ -143,7 +143,7 @@ def test_a_wrong_word_is_one_line(command, words, says):
     [
         ("", "no record"),
         ('{"id": "a", "prefix_ids": [1], "suffix_ids": [2]}\n{oops', "line 2: not JSON"),
-        ("[1, 2]", "line 1: expected an object"),
+        ("[1, 2]", "record 0 (line 1): found int; known are"),
         ('{"id": "a", "text": "short"}', "line 1: text of"),
         ('{"id": "a", "words": "x"}', "line 1: found keys"),
         ('{"id": "a", "prefix_ids": [1, 99999], "suffix_ids": [2]}', "token id 99999 outside the vocabulary"),
