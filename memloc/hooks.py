@@ -1,14 +1,16 @@
 """Record and replace what flows into or out of torch modules. The only file that registers hooks.
 
-Both are context managers: hooks are gone when the block ends, however it ends.
+Both are context managers: hooks are gone when the block ends, however it ends. What is recorded and replaced is decided
+here once; where the visitor is called from may be another engine's affair (`visiting`).
 """
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, Protocol, TypeVar
 
 from torch import Tensor, nn
 
@@ -36,12 +38,33 @@ class Point:
     overwritten: bool = False
 
 
-class _Stopped(Exception):  # noqa: N818 - a signal, not an error
+class Visiting(Protocol):
+    """How a visitor is brought to points: `visit(key, tensor)` is called there in every pass in the block.
+
+    What it returns takes the tensor's place; None leaves it.
+    """
+
+    def __call__(
+        self, points: Mapping[K, Point], visit: Callable[[K, Tensor], Tensor | None]
+    ) -> AbstractContextManager[None]:
+        """The block."""
+
+
+class Stopped(Exception):  # noqa: N818 - a signal, not an error
     """Raised to leave a forward pass once everything asked for has been recorded."""
 
 
 @contextlib.contextmanager
-def record(points: Mapping[K, Point], *, grad: bool = False, stop: bool = False) -> Iterator[dict[K, Tensor]]:
+def visiting(points: Mapping[K, Point], visit: Callable[[K, Tensor], Tensor | None]) -> Iterator[None]:
+    """By torch hooks; see `Visiting`."""
+    with _hooked(points, visit):
+        yield
+
+
+@contextlib.contextmanager
+def record(
+    points: Mapping[K, Point], *, grad: bool = False, stop: bool = False, by: Visiting = visiting
+) -> Iterator[dict[K, Tensor]]:
     """What flows through `points` in the last forward pass inside the block.
 
     Args:
@@ -50,6 +73,7 @@ def record(points: Mapping[K, Point], *, grad: bool = False, stop: bool = False)
             parameters are frozen; otherwise the tensors are detached.
         stop: leave the forward pass once every point has been seen. The rest of the `with` body is then skipped, so
             the forward should be its last statement.
+        by: how the points are visited; by default by torch hooks.
 
     Yields:
         A dict that fills as the model runs: key to the tensor itself (not a copy).
@@ -65,17 +89,19 @@ def record(points: Mapping[K, Point], *, grad: bool = False, stop: bool = False)
                 tensor.retain_grad()
         seen[key] = tensor if grad else tensor.detach()
         if stop and len(seen) == len(points):
-            raise _Stopped
+            raise Stopped
         return changed
 
-    with contextlib.suppress(_Stopped), _hooked(points, keep):
+    with contextlib.suppress(Stopped), by(points, keep):
         yield seen
 
 
 @contextlib.contextmanager
-def replace(points: Mapping[K, Point], change: Callable[[K, Tensor], Tensor]) -> Iterator[None]:
+def replace(
+    points: Mapping[K, Point], change: Callable[[K, Tensor], Tensor], *, by: Visiting = visiting
+) -> Iterator[None]:
     """Put `change(key, tensor)` in the place of what flows through each of `points`, in every pass in the block."""
-    with _hooked(points, change):
+    with by(points, change):
         yield
 
 
@@ -256,3 +282,26 @@ def first(output: Any) -> Tensor:
     """A module's tensor: its output, or the first part of it where it returns a tuple."""
     tensor: Tensor = output[0] if isinstance(output, tuple) else output
     return tensor
+
+
+@contextlib.contextmanager
+def rank_calls(modules: Iterable[nn.Module]) -> Iterator[dict[tuple[int, Side], int]]:
+    """When each module was first entered and left: (its id, side) to a rank. Fills as the model runs."""
+    seen: dict[tuple[int, Side], int] = {}
+
+    def entered(module: nn.Module, _: Any) -> None:
+        seen.setdefault((id(module), "input"), len(seen))
+
+    def left(module: nn.Module, _: Any, __: Any) -> None:
+        seen.setdefault((id(module), "output"), len(seen))
+
+    with contextlib.ExitStack() as stack:
+        for module in modules:
+            stack.callback(module.register_forward_pre_hook(entered).remove)
+            stack.callback(module.register_forward_hook(left).remove)
+        yield seen
+
+
+def count_hooks(modules: Iterable[nn.Module]) -> int:
+    """How many forward hooks there are on `modules`, anybody's."""
+    return sum(len(module._forward_hooks) + len(module._forward_pre_hooks) for module in modules)

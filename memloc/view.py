@@ -22,6 +22,9 @@ from memloc import hooks, slices
 from memloc.architectures import Place, Row, Shape, row_in_table
 from memloc.batches import Batch, batches
 from memloc.call_order import rows_by_call_order
+from memloc.engines.engine import HOOKS, Engine, PlainHooks
+from memloc.engines.opening import open_engine
+from memloc.engines.parity import prove_engine
 from memloc.errors import InputError, ModelError
 from memloc.lazy import method
 from memloc.loading import load
@@ -50,6 +53,7 @@ class ModelView:
 
     def __init__(self, model: Any, row: Row, tokenizer: Any = None, name: str = "") -> None:
         self.model: Any = model.eval()
+        self.engine: Engine = PlainHooks()
         self.row = row
         self.tokenizer = tokenizer
         self.config: Any = self.model.config
@@ -69,8 +73,9 @@ class ModelView:
     @classmethod
     def open(
         cls,
-        model: str | Path | nn.Module | ModelView,
+        model: str | Path | nn.Module | ModelView | Any,
         *,
+        engine: str = HOOKS,
         tokenizer: Any = None,
         dtype: torch.dtype | None = None,
         device: str | torch.device | None = None,
@@ -80,7 +85,9 @@ class ModelView:
         """Look at a model in memory, a local checkpoint folder, or a name on the hub; prove its row.
 
         Args:
-            model: a transformers model, a folder, a hub name, or a view (returned as it is).
+            model: a transformers model, an nnsight model or a TransformerBridge around one, a folder, a hub name, or
+                a view (returned as it is).
+            engine: "hooks", "nnsight" or "transformer-lens": what runs the model and visits places in it.
             tokenizer: given where `model` is in memory and text is to be read.
             dtype: load in this dtype; by default the stored one.
             device: where to put a loaded model; by default the CPU.
@@ -89,19 +96,29 @@ class ModelView:
 
         Raises:
             CheckpointError: the folder cannot be read, or holds only pickles.
-            ModelError: quantised, offloaded, not finite, the row fails its proof; or the family has none, and none that
-                passes could be found in the order of the model's calls.
+            ModelError: quantised, offloaded, not finite; the row or the engine fails its proof; or the family has no
+                row, and none that passes could be found in the order of the model's calls.
+            InputError: no such engine, or its package is missing.
         """
         if isinstance(model, ModelView):
             return model
         name = ""
-        if not isinstance(model, nn.Module):
+        if isinstance(model, str | Path):
             name = str(model)
             model, found = load(model, dtype)
             tokenizer = tokenizer if tokenizer is not None else found
         if device is not None:
             model = model.to(device)
-        given = given_paths(paths)
+        given, opened = given_paths(paths), open_engine(model, engine)
+        tokenizer = tokenizer if tokenizer is not None else opened.tokenizer
+        view = cls._look(opened.model, given, tokenizer, name, prove).running(opened.engine)
+        if prove:
+            prove_engine(view, opened.bridge)
+        return view
+
+    @classmethod
+    def _look(cls, model: Any, given: Given, tokenizer: Any, name: str, prove: bool) -> ModelView:
+        """A view of a plain model in memory, by plain hooks."""
         row = row_in_table(model.config)
         if row is None or given:
             return cls._found(model, given, tokenizer, name)
@@ -133,6 +150,12 @@ class ModelView:
             reasons.insert(0, str(error))
         raise ModelError(f"no row for the model type {kind!r}, and none that its calls suggest is true: {reasons[0]}; "
                          "name its paths (--paths), or add a row to memloc/architectures.py")  # fmt: skip
+
+    def running(self, engine: Engine | None = None) -> ModelView:
+        """The same model and row, run by another engine; by default plain hooks."""
+        other = copy.copy(self)
+        other.engine = engine or PlainHooks()
+        return other
 
     # -- places -------------------------------------------------------------------------------------------------
 
@@ -211,35 +234,36 @@ class ModelView:
 
         The output of a query, key or value site of a fused map is the whole fused output.
         """
-        return hooks.record(self._points(sites, side), grad=grad, stop=stop)
+        return hooks.record(self._points(sites, side), grad=grad, stop=stop, by=self.engine.visiting)
 
     def replace(
         self, sites: Iterable[Site], change: Callable[[Site, Tensor], Tensor], *, side: hooks.Side = "input"
     ) -> AbstractContextManager[None]:
         """Put `change(site, tensor)` in the place of what flows into (or out of) `sites`; see `hooks.replace`."""
-        return hooks.replace(self._points(sites, side), change)
+        return hooks.replace(self._points(sites, side), change, by=self.engine.visiting)
 
     def record_blocks(
         self, layers: Iterable[int], *, side: hooks.Side = "output", grad: bool = False, stop: bool = False
     ) -> AbstractContextManager[dict[int, Tensor]]:
         """The residual stream after (or before) blocks: layer to `[n, t, d]`."""
         points = {layer: hooks.Point(self.block(layer), side) for layer in layers}
-        return hooks.record(points, grad=grad, stop=stop)
+        return hooks.record(points, grad=grad, stop=stop, by=self.engine.visiting)
 
     def replace_blocks(
         self, layers: Iterable[int], change: Callable[[int, Tensor], Tensor], *, side: hooks.Side = "output"
     ) -> AbstractContextManager[None]:
         """Put `change(layer, tensor)` in the place of the residual stream after (or before) blocks."""
-        return hooks.replace({layer: hooks.Point(self.block(layer), side) for layer in layers}, change)
+        points = {layer: hooks.Point(self.block(layer), side) for layer in layers}
+        return hooks.replace(points, change, by=self.engine.visiting)
 
     def hidden(self, batch: Batch) -> Tensor:
         """The residual stream after the final norm, `[n, t, d]`; the unembedding is not run."""
-        found: Tensor = self._base()(**self._inputs(batch)).last_hidden_state
+        found: Tensor = self.engine.run(self._base(), self._inputs(batch)).last_hidden_state
         return found
 
     def logits(self, batch: Batch) -> Tensor:
         """All logits `[n, t, v]`, in the model's dtype. Prefer `logits_at` where few positions count."""
-        found: Tensor = self.model(**self._inputs(batch)).logits
+        found: Tensor = self.engine.run(self.model, self._inputs(batch)).logits
         return found
 
     def logits_at(self, batch: Batch, rows: Tensor, columns: Tensor) -> Tensor:
@@ -297,8 +321,9 @@ class ModelView:
         Cost: one forward here; each `Tail.hidden` then costs only the blocks above.
         """
         above = {index: self.block(index) for index in range(layer + 1, self.layers)}
-        with torch.no_grad(), hooks.record_calls(above) as calls, self.record_blocks([layer]) as seen:
-            self.hidden(batch)
+        plain = self.running()
+        with torch.no_grad(), hooks.record_calls(above) as calls, plain.record_blocks([layer]) as seen:
+            plain.hidden(batch)
         return Tail(self, layer, seen[layer], calls)
 
     def batches(self, passages: Passages, *, size: int = 32) -> Iterator[Batch]:

@@ -22,6 +22,7 @@ FLOORS: tuple[str, ...] = (
     "memloc.flags memloc.hooks memloc.processes memloc.provenance memloc.registry memloc.sites memloc.store memloc.terminal",
     "memloc.lazy",
     "memloc memloc.errors memloc.hooks memloc.progress memloc.statistics",
+    "memloc memloc.errors memloc.hooks memloc.lazy memloc.progress memloc.statistics",
     "memloc.flags memloc.loading memloc.provenance memloc.registry memloc.sites memloc.store memloc.terminal",
     "memloc.architectures memloc.measurement memloc.methods memloc.passages memloc.scores",
     "memloc.batches memloc.call_order memloc.formats memloc.results",
@@ -31,6 +32,9 @@ FLOORS: tuple[str, ...] = (
     "memloc.rewinding memloc.running memloc.shared_work",
     "memloc.command memloc.costs memloc.lab memloc.moments memloc.notebook memloc.objectives memloc.parts "
     "memloc.reading",
+    "memloc.engines memloc.report",
+    "memloc.notebook memloc.view",
+    "memloc.command memloc.costs memloc.lab memloc.moments memloc.objectives memloc.parts memloc.reading",
     "memloc.rewinding memloc.running",
     "memloc.ablations memloc.gradients memloc.measures memloc.patching",
     "memloc.grids memloc.localizers memloc.truth",
