@@ -213,7 +213,10 @@ def test_what_does_not_belong_together_is_not_merged(view):
         r"shard 2/2 is missing": [first],
         r"shard 1/2 is given 2 times": [first, first, second],
         r"some of these are shards and some are not": [first, plain[1]],
-        r"shards of different passages, or of different counts": [first, shards(view, GradActivation(), passages, 3)[1]],
+        r"shards of different passages, or of different counts": [
+            first,
+            shards(view, GradActivation(), passages, 3)[1],
+        ],
         r"part 2 has another model than part 1": [plain[0], GradActivation()(other, passages[2:])],
         r"part 2 has another method than part 1": [plain[0], LogitLens()(view, passages[2:])],
         r"part 2 has another grain than part 1": [plain[0], GradActivation(grain="head")(view, passages[2:])],
