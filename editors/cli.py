@@ -15,7 +15,7 @@ from editors.methods import EDITORS
 from editors.verbs import export
 from editors.verbs.export import print_written
 from memloc import cli as looking
-from memloc import command
+from memloc import command, processes
 from memloc.command import Verb, common, out
 from memloc.errors import InputError, MemlocError
 from memloc.methods import LOCALIZERS, MEASURES
@@ -40,9 +40,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     try:
-        command.run("memloc", ABOUT, verbs(), sys.argv[1:] if argv is None else list(argv))
+        given = sys.argv[1:] if argv is None else list(argv)
+        processes.run(lambda: command.run("memloc", ABOUT, verbs(), given))
     except MemlocError as error:
-        complain(f"memloc: {error}")
+        if not processes.rank():  # every process knows of it
+            complain(f"memloc: {error}")
         return 2
     except KeyboardInterrupt:
         complain("memloc: interrupted; what was being written is absent, what was written before is whole")

@@ -121,7 +121,7 @@ class Row:
     def bare_norm(self, norm: nn.Module, stream: Tensor) -> Tensor:
         """What `norm` makes of `stream` with its gain 1 and its bias 0, in the stream's dtype."""
         plain = {
-            name: torch.full_like(stored, 1 - self.norm_offset if name == "weight" else 0, dtype=stream.dtype)
+            name: stream.new_full(stored.shape, 1 - self.norm_offset if name == "weight" else 0)
             for name, stored in norm.named_parameters()
         }
         found: Tensor = torch.func.functional_call(norm, plain, (stream,))

@@ -14,6 +14,8 @@ from typing import Any, Literal, Protocol, TypeVar
 
 from torch import Tensor, nn
 
+from memloc import slices
+
 K = TypeVar("K")
 Side = Literal["input", "output"]
 
@@ -205,12 +207,29 @@ def _hooked(points: Mapping[K, Point], visit: Callable[[K, Tensor], Tensor | Non
             stack.callback(block.register_forward_pre_hook(enter, with_kwargs=True).remove)
         for key, point in points.items():
             seen = _unflattened(_copied(visit) if point.overwritten else visit, tokens, point.block)
+            seen = _joined(seen, point.module, point.side)
             if point.side == "input":
                 handle = point.module.register_forward_pre_hook(_before(key, seen), with_kwargs=True)
             else:
                 handle = point.module.register_forward_hook(_after(key, seen))
             stack.callback(handle.remove)
         yield
+
+
+def _joined(
+    visit: Callable[[K, Tensor], Tensor | None], module: nn.Module, side: Side
+) -> Callable[[K, Tensor], Tensor | None]:
+    """`visit`, shown a tensor whole also where this process has a slice of it only."""
+
+    def shown(key: K, tensor: Tensor) -> Tensor | None:
+        cut = slices.cut(module, side, tensor)
+        if cut is None:
+            return visit(key, tensor)
+        whole = cut.join(tensor)
+        found = visit(key, whole)
+        return cut.part(whole if found is None else found)
+
+    return shown
 
 
 def _copied(visit: Callable[[K, Tensor], Tensor | None]) -> Callable[[K, Tensor], Tensor]:

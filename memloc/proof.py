@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from memloc import hooks
+from memloc import hooks, slices
 from memloc.batches import pad
 from memloc.errors import ModelError
 from memloc.sites import Kind, Site
@@ -105,7 +105,7 @@ def _prove_norm(view: ModelView, site: Site, entering: Tensor, seen: Mapping[Nor
     found = seen[site.layer, path, "output"]
     _same(str(site), "input", found, entering, f"what {path} puts out; check norms")
     norm = view.block(site.layer).get_submodule(path)
-    stored = {name: entry.detach().to(torch.float64) for name, entry in norm.named_parameters()}
+    stored = {name: slices.whole(entry.detach()).to(torch.float64) for name, entry in norm.named_parameters()}
     gain = stored["weight"] + view.row.norm_offset if "weight" in stored else 1.0
     plain = view.row.bare_norm(norm, seen[site.layer, path, "input"].to(torch.float64))
     made = plain * gain + stored.get("bias", 0.0)

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from memloc import hooks
+from memloc import hooks, slices
 from memloc.architectures import Place, Row, Shape, row_in_table
 from memloc.batches import Batch, batches
 from memloc.call_order import rows_by_call_order
@@ -213,8 +213,11 @@ class ModelView:
         return Place(name, transposed, fused.rows(site.kind, shape))
 
     def weight(self, site: Site) -> Tensor:
-        """The weight `[out, in]` (or bias `[out]`): a view on the model's memory; a copy for interleaved fused maps."""
-        return self.place(site).read(self.parameter(site))
+        """The weight `[out, in]` (or bias `[out]`): a view on the model's memory.
+
+        It is a copy for interleaved fused maps, and where the weight lies in slices; every process must ask then.
+        """
+        return self.place(site).read(slices.whole(self.parameter(site)))
 
     def tied(self, parameter: str) -> tuple[str, ...]:
         """Other names of the same parameter ("lm_head.weight" where the unembedding is the embedding)."""
@@ -280,15 +283,14 @@ class ModelView:
             hidden: normed.
             capped: the model's own logits; otherwise without their soft cap, linear in `hidden`.
         """
-        logits: Tensor = self._module(self.row.unembed)(hidden)
+        logits = slices.call(self.model, self._module(self.row.unembed), hidden)
         logits = logits if logits.dtype == torch.float64 else logits.float()
         cap = self.soft_cap
         return logits if cap is None or not capped else cap * torch.tanh(logits / cap)
 
     def final_norm(self, hidden: Tensor) -> Tensor:
         """The norm before the unembedding."""
-        normed: Tensor = self._module(self.row.final_norm)(hidden)
-        return normed
+        return slices.call(self.model, self._module(self.row.final_norm), hidden)
 
     def added(self, site: Site, output: Tensor) -> Tensor:
         """What the block adds to the stream where its map `site` (`attn.out`, `mlp.out`) puts out `output`.
@@ -350,7 +352,7 @@ class ModelView:
         """Digest of all parameters, by name. Cost: one pass over the weights, each time it is asked."""
         total = hashlib.sha256()
         for name, parameter in sorted(self.model.named_parameters()):
-            total.update(f"{name}:{digest_tensor(parameter)}\n".encode())
+            total.update(f"{name}:{digest_tensor(slices.whole(parameter))}\n".encode())
         return total.hexdigest()
 
     def spell(self, ids: Sequence[int]) -> tuple[str, ...]:
@@ -417,11 +419,13 @@ class ModelView:
         for name, parameter in self.model.named_parameters():
             if parameter.device.type == "meta":
                 raise ModelError(
-                    f"{name} is offloaded (on the meta device); load the model whole, with no disk offload"
+                    f"{name} is offloaded (on the meta device), so it cannot be read; load the model whole, or edit "
+                    "its checkpoint with `memloc apply`"
                 )
             if self._quantised or not parameter.is_floating_point():
                 raise ModelError(f"{name} is quantised ({parameter.dtype}); load the model in its full-precision form")
-            if parameter.numel() and not bool(torch.isfinite(parameter.detach().abs().max())):
+            held = slices.here(parameter.detach())
+            if held.numel() and not bool(torch.isfinite(held.abs().max())):
                 raise ModelError(
                     f"{name} holds values that are not finite (NaN or infinite); the checkpoint is damaged"
                 )
