@@ -18,9 +18,6 @@ from memloc.registry import Registry
 ROOT = Path(__file__).parents[2]
 
 FLOORS: tuple[str, ...] = (
-    "memloc.lazy",
-    "memloc memloc.errors memloc.hooks memloc.progress memloc.statistics",
-    "memloc.flags memloc.loading memloc.provenance memloc.registry memloc.sites memloc.store memloc.terminal",
     "memloc.errors memloc.lazy memloc.progress memloc.slices memloc.statistics",
     "memloc memloc.flags memloc.hooks memloc.loading memloc.processes memloc.provenance memloc.registry",
     "memloc.sites memloc.store memloc.terminal",
