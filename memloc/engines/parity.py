@@ -51,6 +51,6 @@ def _same(plain: ModelView, other: ModelView, batch: Batch) -> None:
         if not away <= TOLERANCE.get(plain.dtype, 1e-4) * max(largest, 1e-6):
             raise ModelError(
                 f"{name}: {other.engine.name} and plain hooks differ by {away:.2g} on the same parameters; one "
-                "side of a fused map was edited, of which bridges keep copies (build the bridge anew), or TransformerLens "
-                "runs this family otherwise (give the transformers model, engine hooks)"
+                "side of a fused map was edited, of which bridges keep copies (build the bridge anew), or "
+                "TransformerLens runs this family otherwise (give the transformers model, engine hooks)"
             )
