@@ -9,7 +9,7 @@ export OMP_WAIT_POLICY ?= PASSIVE
 export TOKENIZERS_PARALLELISM ?= false
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: setup demo test check clean
+.PHONY: setup demo test check docs clean
 
 setup: $(STAMP)
 
@@ -29,6 +29,10 @@ check: setup
 
 test: check
 	$(BIN)/python -m pytest -n 2 --dist loadgroup
+
+docs: setup
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt pdoc
+	$(BIN)/python scripts/api_docs.py out/docs
 
 clean:
 	rm -rf out build *.egg-info .mypy_cache .ruff_cache

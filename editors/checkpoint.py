@@ -17,7 +17,7 @@ import json
 import os
 import shutil
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -25,17 +25,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from editors import model_card
 from editors.binding import Found, Touched
+from editors.disk_names import locate
 from editors.edit import Edit
+from editors.edit_record import MANIFEST, read_record, record_of, write_record
 from editors.patch import DTYPES, Survival
 from editors.shards import INDEX, PICKLES, Entry, Weights, open_weights
 from memloc.errors import CheckpointError, MismatchError
 from memloc.provenance import digest_raw
 from memloc.sites import Kind, Site
 from memloc.store import fresh_folder
-
-MANIFEST = "memloc_edit.json"
-"""Which edits a folder holds; written by `apply_edit`, taken out by `undo_edit`."""
 
 _WEIGHTS = (*PICKLES, ".safetensors", ".gguf", ".h5", ".msgpack", ".onnx", ".npz", ".ot", ".tflite")
 
@@ -78,10 +78,18 @@ class Written:
         }
 
 
-def apply_edit(edit: Edit, model: str | Path, out: str | Path, *, link: bool = False) -> Written:
+def apply_edit(
+    edit: Edit,
+    model: str | Path,
+    out: str | Path,
+    *,
+    link: bool = False,
+    card: bool = False,
+    evidence: Sequence[Mapping[str, Any]] = (),
+) -> Written:
     """Write the checkpoint folder `out`: `model` with `edit` in it.
 
-    Memory: twice the largest touched tensor, and some megabytes. Time: that of copying the folder.
+    Memory: the largest touched tensor, and some megabytes. Time: that of copying the folder.
 
     Args:
         edit: made for these weights (its digests decide).
@@ -89,6 +97,8 @@ def apply_edit(edit: Edit, model: str | Path, out: str | Path, *, link: bool = F
         out: a new or empty folder.
         link: hard-link untouched weight files instead of copying them: fast, but they share fate with whatever
             writes into them in place.
+        card: say in the model card (README.md) what was changed; a card that says so already is kept true anyway.
+        evidence: rows of figures for record and card, as `model_card.evidence` gives them.
 
     Raises:
         CheckpointError: the folder cannot be read safely, or lacks a tensor.
@@ -102,10 +112,14 @@ def apply_edit(edit: Edit, model: str | Path, out: str | Path, *, link: bool = F
     def forward(stored: Tensor, sites: list[Site]) -> None:
         survived.update(edit.change(stored, sites))
 
-    listed = _read_manifest(job.source)
+    listed = read_record(job.source)
     for name, sites in job.tensors.items():
         job.check(name, sites, Touched.expect_before)
-    return job.write(forward, Touched.expect_result, lambda: [*listed, _record(job, survived)], survived)
+
+    def told() -> list[dict[str, Any]]:
+        return [*listed, record_of(edit, job.tensors, survived, evidence)]
+
+    return job.write(forward, Touched.expect_result, told, survived, card=card)
 
 
 def undo_edit(edit: Edit, model: str | Path, out: str | Path, *, link: bool = False) -> Written:
@@ -124,7 +138,7 @@ def undo_edit(edit: Edit, model: str | Path, out: str | Path, *, link: bool = Fa
     """
     job = _Job(edit, Path(model), Path(out), link)
 
-    listed = _read_manifest(job.source)
+    listed = read_record(job.source)
     left = list(listed)
     for place in reversed(range(len(listed))):
         if listed[place]["edit"] == edit.digest:
@@ -135,26 +149,44 @@ def undo_edit(edit: Edit, model: str | Path, out: str | Path, *, link: bool = Fa
     return job.write(edit.change_back, Touched.expect_restored, lambda: left, {})
 
 
+def expect_base(edit: Edit, model: str | Path) -> None:
+    """See that the folder `model` holds the weights `edit` was made for; nothing is written. Memory: some megabytes.
+
+    Raises:
+        CheckpointError: the folder cannot be read safely, or lacks a tensor.
+        MismatchError: the weights are not those the edit was made for, or the edit is already applied.
+    """
+    job = _Job(edit, Path(model), Path(model), link=False)
+    for name, sites in job.tensors.items():
+        job.check(name, sites, Touched.expect_before)
+
+
 class _Job:
     """One reading and writing of a folder."""
 
     def __init__(self, edit: Edit, source: Path, out: Path, link: bool) -> None:
         self.edit, self.source, self.out, self.link = edit, source, out, link
         self.weights = open_weights(source)
-        self.tensors = {self.weights.resolve(parameter): sites for parameter, sites in edit.parameters.items()}
+        self.tensors: dict[str, list[Site]] = {}
+        for parameter, stored in locate(self.weights, edit.parameters).items():
+            if stored.converted or len(stored.names) > 1:
+                raise CheckpointError(
+                    f"{source}: {parameter} is computed on load from {len(stored.names)} stored tensors, the first "
+                    f"{stored.names[0]}; save the model in its own layout and edit that; nothing was written"
+                )
+            self.tensors[stored.names[0]] = edit.parameters[parameter]
         for name, sites in self.tensors.items():
             self._check_kind(name, sites)
 
     def check(self, name: str, sites: list[Site], expect: Callable[[Touched, Site, Found], None]) -> None:
         """Whether the stored tensor is as `expect`, a check of the binding's, wants it."""
         entry = self.weights.entries[name]
-        data = entry.read(self.source)
         where = str(self.source / entry.file)
-        found = Found(entry.dtype, entry.shape, digest_raw(entry.dtype, entry.shape, memoryview(data)), where)
+        found = Found(entry.dtype, entry.shape, entry.digest(self.source), where)
         try:
             expect(self.edit.touched[sites[0]], sites[0], found)
         except MismatchError:
-            if not bool(torch.isfinite(_tensor(data, entry)).all()):
+            if not bool(torch.isfinite(_tensor(entry.read(self.source), entry)).all()):
                 why = "holds values that are not finite (NaN or infinite); the checkpoint is damaged"
                 raise CheckpointError(f"{where}: {name} {why}; nothing was written") from None
             raise
@@ -165,8 +197,10 @@ class _Job:
         expect: Callable[[Touched, Site, str], None],
         manifest: Callable[[], list[dict[str, Any]]],
         survived: Mapping[Site, Survival],
+        *,
+        card: bool = False,
     ) -> Written:
-        """Copy everything, change the touched tensors in the copy, write the manifest."""
+        """Copy everything, change the touched tensors in the copy, write the record (and the card, where asked)."""
         carried, dropped = _sort_out(self.weights)
         touched = {self.weights.entries[name].file for name in self.tensors}
         linked: list[str] = []
@@ -177,19 +211,29 @@ class _Job:
                 else:
                     _copy(self.source / name, part / name)
             for name, sites in self.tensors.items():
-                entry = self.weights.entries[name]
-                data = entry.read(part)
-                change(_tensor(data, entry), sites)
-                digest = digest_raw(entry.dtype, entry.shape, memoryview(data))
-                expect(self.edit.touched[sites[0]], sites[0], digest)
-                _put(part / entry.file, entry.start, data)
+                self._change(part, name, sites, change, expect)
             listed = manifest()
             if listed:
-                text = json.dumps({"format": 1, "edits": listed}, indent=1, sort_keys=True, ensure_ascii=False)
-                (part / MANIFEST).write_text(text + "\n", encoding="utf8")
+                write_record(part, listed)
+            _write_card(part, self.source, listed, card)
         copied = tuple(name for name in carried if name not in touched and name not in linked)
         tensors = {name: tuple(sites) for name, sites in self.tensors.items()}
         return Written(self.out, tensors, dict(survived), copied, tuple(linked), dropped)
+
+    def _change(
+        self,
+        part: Path,
+        name: str,
+        sites: list[Site],
+        change: Callable[[Tensor, list[Site]], Any],
+        expect: Callable[[Touched, Site, str], None],
+    ) -> None:
+        """Change one tensor in the copy. Its own function, so that its bytes are freed before the next one is read."""
+        entry = self.weights.entries[name]
+        data = entry.read(part)
+        change(_tensor(data, entry), sites)
+        expect(self.edit.touched[sites[0]], sites[0], digest_raw(entry.dtype, entry.shape, memoryview(data)))
+        _put(part / entry.file, entry.start, data)
 
     def _check_kind(self, name: str, sites: list[Site]) -> None:
         entry = self.weights.entries[name]
@@ -220,6 +264,19 @@ def _tensor(data: bytearray, entry: Entry) -> Tensor:
     if not data:
         return torch.empty(entry.shape, dtype=DTYPES[entry.dtype])
     return torch.frombuffer(data, dtype=DTYPES[entry.dtype]).view(entry.shape)
+
+
+def _write_card(part: Path, source: Path, edits: list[dict[str, Any]], wanted: bool) -> None:
+    """Put the section on `edits` into the model card of `part`, where it is wanted or there was one."""
+    path = part / model_card.CARD
+    old = path.read_bytes().decode("utf8", "surrogateescape") if path.is_file() else ""
+    if not wanted and model_card.BEGIN not in old:
+        return
+    new = model_card.put(old or model_card.fresh(source.name), edits)
+    if model_card.is_fresh(new):
+        path.unlink(missing_ok=True)
+    else:
+        path.write_bytes(new.encode("utf8", "surrogateescape"))
 
 
 def _sort_out(weights: Weights) -> tuple[list[str], dict[str, str]]:
@@ -272,12 +329,23 @@ def _clone(old: int, new: int) -> None:
 
 
 def _copy_in_kernel(old: int, new: int) -> None:
-    left, place = os.fstat(old).st_size, 0
-    while left > 0:
-        done = os.copy_file_range(old, new, min(left, 1 << 30), place, place)
-        if not done:
-            return
-        left, place = left - done, place + done
+    """Copy what is written in a file and leave its holes as holes."""
+    size, place = os.fstat(old).st_size, 0
+    os.ftruncate(new, size)
+    while place < size:
+        try:
+            place = os.lseek(old, place, os.SEEK_DATA)
+        except OSError as error:
+            if error.errno == errno.ENXIO:  # only a hole is left
+                return
+            raise
+        stop = os.lseek(old, place, os.SEEK_HOLE)
+        while place < stop:
+            done = os.copy_file_range(old, new, min(stop - place, 1 << 30), place, place)
+            if not done:
+                os.ftruncate(new, place)  # short: the caller sees it by the size
+                return
+            place += done
 
 
 def _link(source: Path, part: Path, name: str) -> bool:
@@ -297,38 +365,3 @@ def _put(path: Path, start: int, data: bytearray) -> None:
         file.seek(start)
         while done < len(data):
             done += file.write(view[done:])
-
-
-def _record(job: _Job, survived: Mapping[Site, Survival]) -> dict[str, Any]:
-    edit = job.edit
-    tensors = {
-        name: {
-            "parameter": edit.touched[sites[0]].parameter,
-            "sites": [str(site) for site in sites],
-            "before": edit.touched[sites[0]].before,
-            "after": edit.touched[sites[0]].after,
-        }
-        for name, sites in job.tensors.items()
-    }
-    return {
-        "edit": edit.digest,
-        "provenance": edit.provenance.to_json(),
-        "rounding": edit.rounding,
-        "rounding_seed": edit.rounding_seed,
-        "survived": {str(site): entry.to_json() for site, entry in survived.items()},
-        "tensors": tensors,
-    }
-
-
-def _read_manifest(folder: Path) -> list[dict[str, Any]]:
-    path = folder / MANIFEST
-    if not path.exists():
-        return []
-    try:
-        listed = json.loads(path.read_text(encoding="utf8"))["edits"]
-        if not isinstance(listed, list) or not all(isinstance(entry["edit"], str) for entry in listed):
-            raise TypeError("edits is not a list of edits")
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{path} cannot be read: {error}; move it away to go on") from error
-    found: list[dict[str, Any]] = listed
-    return found

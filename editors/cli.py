@@ -12,16 +12,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from editors.methods import EDITORS
+from editors.verbs import export
+from editors.verbs.export import print_written
 from memloc import cli as looking
-from memloc import command
+from memloc import command, processes
 from memloc.command import Verb, common, out
 from memloc.errors import InputError, MemlocError
 from memloc.methods import LOCALIZERS, MEASURES
 from memloc.terminal import Terminal, complain
+from memloc.verbs import check
 
 if TYPE_CHECKING:
     from editors.base import Request
-    from editors.checkpoint import Written
     from editors.edit import Edit
     from memloc.scores import Selection
     from memloc.view import ModelView
@@ -38,9 +40,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     try:
-        command.run("memloc", ABOUT, verbs(), sys.argv[1:] if argv is None else list(argv))
+        given = sys.argv[1:] if argv is None else list(argv)
+        processes.run(lambda: command.run("memloc", ABOUT, verbs(), given))
     except MemlocError as error:
-        complain(f"memloc: {error}")
+        if not processes.rank():  # every process knows of it
+            complain(f"memloc: {error}")
         return 2
     except KeyboardInterrupt:
         complain("memloc: interrupted; what was being written is absent, what was written before is whole")
@@ -57,6 +61,10 @@ def _list_flags(parser: argparse.ArgumentParser) -> None:
 
 def _list(arguments: argparse.Namespace, terminal: Terminal) -> None:
     looking.list_methods([MEASURES, LOCALIZERS, EDITORS], terminal, arguments.what)
+
+
+def _check(arguments: argparse.Namespace, terminal: Terminal) -> None:
+    check.run(arguments, terminal, (LOCALIZERS, EDITORS))
 
 
 def _edit_flags(parser: argparse.ArgumentParser) -> None:
@@ -154,7 +162,7 @@ def _apply(arguments: argparse.Namespace, terminal: Terminal) -> None:
     from editors.edit import Edit
 
     written = apply_edit(Edit.load(arguments.edit), Path(arguments.model), arguments.out, link=arguments.link)
-    _print_written(written, terminal)
+    print_written(written, terminal)
 
 
 def _undo(arguments: argparse.Namespace, terminal: Terminal) -> None:
@@ -162,16 +170,7 @@ def _undo(arguments: argparse.Namespace, terminal: Terminal) -> None:
     from editors.edit import Edit
 
     written = undo_edit(Edit.load(arguments.edit), Path(arguments.model), arguments.out, link=arguments.link)
-    _print_written(written, terminal)
-
-
-def _print_written(written: Written, terminal: Terminal) -> None:
-    rows = [["folder", str(written.folder)]]
-    rows += [[name, "changed at " + ", ".join(map(str, sites))] for name, sites in written.tensors.items()]
-    rows += [[name, "copied"] for name in written.copied] + [[name, "linked"] for name in written.linked]
-    rows += [[name, f"left out: {why}"] for name, why in written.dropped.items()]
-    terminal.table("checkpoint written", ["what", "how"], rows)
-    terminal.result(written.to_json())
+    print_written(written, terminal)
 
 
 def _demo_flags(parser: argparse.ArgumentParser) -> None:
@@ -189,12 +188,14 @@ def _demo(arguments: argparse.Namespace, terminal: Terminal) -> None:
 def verbs() -> tuple[Verb, ...]:
     """Every verb, in the order of the loop."""
     *looks, report = looking.verbs()
+    looks = [replace(verb, run=_check) if verb.name == "check" else verb for verb in looks]
     return (
         Verb("list", "every localizer, editor and measure", _list_flags, _list),
         *looks,
         Verb("edit", "compute an edit; no checkpoint is written", _edit_flags, _edit, EDITORS),
         Verb("apply", "write a checkpoint folder with an edit in it", _apply_flags, _apply),
         Verb("undo", "write the checkpoint folder as it was before an edit", _apply_flags, _undo),
+        Verb("export", "write an edit as a PEFT adapter or a checkpoint with its model card", export.flags, export.run),
         report,
         Verb("demo", "the whole loop on a model trained on the spot", _demo_flags, _demo),
     )

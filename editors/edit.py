@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from editors import deltas as forms
+from editors.adapters import Adapter
 from editors.binding import Found, Touched
 from editors.deltas import Delta, LowRank
 from editors.edit_file import from_file, to_file
@@ -26,6 +27,7 @@ from editors.patch import DTYPES, Survival, add_to, dtype_name, empty_repair, ta
 from editors.rounding import Rounding
 from memloc import store
 from memloc.errors import ArtifactError, InputError, MismatchError, ModelError
+from memloc.lazy import method
 from memloc.provenance import Provenance, digest_json, digest_tensor
 from memloc.sites import Site
 
@@ -55,6 +57,9 @@ class Edit:
     rounding: Rounding = "nearest"
     rounding_seed: int = 0
     notes: Mapping[str, Any] = field(default_factory=dict)
+
+    __repr__ = method("memloc.notebook:plain")
+    _repr_html_ = method("memloc.notebook:html")
 
     def __post_init__(self) -> None:
         if not self.deltas or set(self.deltas) != set(self.touched):
@@ -106,6 +111,31 @@ class Edit:
                 back = pack_repair(repairs.pop(site))
                 touched[site] = replace(bound[site], before=before, after=after, way_back=back, survived=found[site])
         return replace(edit, touched=touched)
+
+    @classmethod
+    def from_adapter(
+        cls, view: ModelView, folder: str | Path, *, any_base: bool = False, rounding: Rounding = "nearest"
+    ) -> Edit:
+        """A PEFT LoRA adapter's change as an edit of `view`; exact factors, so no SVD and no loss.
+
+        Args:
+            view: the adapter's base, without the adapter.
+            folder: with adapter_config.json and adapter_model.safetensors.
+            any_base: take a model of another name where nothing but names can be compared (the base's folder is not
+                at hand, and memloc did not write the adapter).
+            rounding: as for `of`.
+
+        Raises:
+            CheckpointError: the folder holds no LoRA adapter, or more than low-rank changes of weights.
+            MismatchError: an adapter of another base, or one that is merged into these weights already.
+            InputError, ModelError: as for `of`.
+        """
+        adapter = Adapter.read(folder)
+        inputs = {"adapter": adapter.digest, "model": view.digest}
+        made = [dict(edit["provenance"]) for edit in adapter.edits]
+        by = Provenance("peft-adapter", {"base": adapter.base}, None, inputs)
+        deltas = adapter.deltas(view, any_base=any_base)
+        return cls.of(view, deltas, by, rounding=rounding, notes={"made by": made} if made else {})
 
     # -- what it is ---------------------------------------------------------------------------------------------
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from editors.contexts import Demand, Row, check_context
 from memloc.batches import pad
 from memloc.hooks import Side
-from memloc.sites import Site
+from memloc.sites import Kind, Site
 from memloc.view import ModelView
 
 
@@ -167,9 +167,11 @@ class _Stage:
         self.view, self.layer, self.demands = view, layer, list(demands)
         rows = list(_rows(self.demands))
         batch = pad([ids for _, ids, _ in rows], device=view.device)
-        self.tail = view.tail(layer, batch)
+        with torch.no_grad(), view.record([Site(layer, Kind.MLP_OUT)], side="output") as seen:
+            self.tail = view.tail(layer, batch)
         self.fact = torch.tensor([fact for fact, _, _ in rows], device=view.device)
         self.at = torch.tensor([at for _, _, at in rows], device=view.device)
+        self.written = seen[Site(layer, Kind.MLP_OUT)][torch.arange(len(rows), device=view.device), self.at]
         self._score()
         with torch.no_grad():
             self.clean = self._logs(torch.zeros(len(self.demands), view.width, device=view.device))[self.asked :]
@@ -219,9 +221,17 @@ class _Stage:
         """Log-probabilities at the scored positions, `[k, v]`."""
         residual = self.tail.residual
         line = torch.arange(len(residual), device=residual.device)
-        added = residual[line, self.at] + change[self.fact]
+        added = residual[line, self.at] + self._moved(change[self.fact])
         hidden = self.tail.hidden(residual.index_put((line, self.at), added.to(residual.dtype)))
         return self.view.unembed(hidden[self.row, self.column]).log_softmax(-1)
+
+    def _moved(self, change: Tensor) -> Tensor:
+        """How far the stream moves, [n, d], where `mlp.out` writes so much more: as far, but where that is normed."""
+        site = Site(self.layer, Kind.MLP_OUT)
+        if site.kind not in self.view.row.added:
+            return change
+        more = (self.written.to(change) + change).to(self.written)
+        return (self.view.added(site, more) - self.view.added(site, self.written)).to(change)
 
 
 def _rows(demands: Sequence[Demand]) -> Iterator[tuple[int, tuple[int, ...], int]]:

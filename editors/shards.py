@@ -8,18 +8,22 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from memloc.errors import CheckpointError
+from memloc.provenance import digest_parts
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 
 HEADER_LIMIT = 100_000_000
-"""Bytes; safetensors' own limit."""
+"""Bytes; safetensors' own limit. An index of shards is held to it too."""
+
+CHUNK = 1 << 22
+"""Bytes read at a time where a tensor need not be in memory whole."""
 
 BASES = ("transformer", "model", "gpt_neox", "backbone")
 """What a family calls its model without the head; files on the hub leave it out, or put it before."""
@@ -61,19 +65,36 @@ class Entry:
             CheckpointError: the file ends before the tensor does, or cannot be read.
         """
         data = bytearray(self.stop - self.start)
-        view, done = memoryview(data), 0
+        for _ in self._fill(folder, data, len(data)):
+            pass
+        return data
+
+    def digest(self, folder: Path) -> str:
+        """Its digest, as `provenance.digest_raw` of its bytes; they are read some at a time.
+
+        Raises:
+            CheckpointError: as `read`.
+        """
+        buffer = bytearray(min(CHUNK, self.stop - self.start))
+        return digest_parts(self.dtype, self.shape, self._fill(folder, buffer, self.stop - self.start))
+
+    def _fill(self, folder: Path, buffer: bytearray, size: int) -> Iterator[memoryview]:
+        """Read `size` bytes through `buffer`, from its start again each time it is full; yields what it holds."""
         path = folder / self.file
         try:
             with path.open("rb", buffering=0) as file:
                 file.seek(self.start)
-                while done < len(data):
-                    got = file.readinto(view[done:])
-                    if not got:
-                        raise CheckpointError(f"{path} ends inside a tensor; nothing was written")
-                    done += got
+                while size > 0:
+                    part, done = memoryview(buffer)[: min(size, len(buffer))], 0
+                    while done < len(part):
+                        got = file.readinto(part[done:])
+                        if not got:
+                            raise CheckpointError(f"{path} ends inside a tensor; nothing was written")
+                        done += got
+                    size -= done
+                    yield part
         except OSError as error:
             raise CheckpointError(f"{path} cannot be read: {error.strerror}; nothing was written") from error
-        return data
 
 
 @dataclass(frozen=True)
@@ -147,7 +168,7 @@ def read_header(path: Path) -> dict[str, Entry]:
             text = file.read(length)
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error.strerror}") from error
-    header = _json(path, text)
+    header = read_json(path, text)
     header.pop("__metadata__", None)
     found = {name: _entry(path, name, value, 8 + length) for name, value in header.items()}
     reached = 8 + length
@@ -179,10 +200,13 @@ def _entry(path: Path, name: str, value: Any, base: int) -> Entry:
 def _open_shards(folder: Path) -> Weights:
     path = folder / INDEX
     try:
+        size = path.stat().st_size
+        if size > HEADER_LIMIT:
+            raise CheckpointError(f"{path} has {size} bytes, more than an index can need ({HEADER_LIMIT})")
         text = path.read_bytes()
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error.strerror}") from error
-    table = _json(path, text).get("weight_map")
+    table = read_json(path, text).get("weight_map")
     if not isinstance(table, dict) or not table or not all(isinstance(name, str) for name in table.values()):
         raise CheckpointError(f"{path} has no weight_map of tensor names to file names")
     files = tuple(sorted(set(table.values())))
@@ -203,7 +227,12 @@ def _open_shards(folder: Path) -> Weights:
     return Weights(folder, files, entries, sharded=True)
 
 
-def _json(path: Path, text: bytes) -> dict[str, Any]:
+def read_json(path: Path, text: bytes) -> dict[str, Any]:
+    """The JSON object `text`, read from `path`, in which no key stands twice.
+
+    Raises:
+        CheckpointError: it is none.
+    """
     try:
         found = json.loads(text.decode("utf8"), object_pairs_hook=_once)
     except (ValueError, RecursionError) as error:

@@ -15,27 +15,51 @@ from torch import Tensor, nn
 from memloc.errors import ModelError
 from memloc.sites import Kind
 
+QKV = (Kind.ATTN_Q, Kind.ATTN_K, Kind.ATTN_V)
+GATED = (Kind.MLP_GATE, Kind.MLP_IN)
+
 
 @dataclass(frozen=True)
 class Fused:
-    """Query, key and value in one matrix.
+    """Several maps in one matrix.
 
     Attributes:
         path: module path inside the block.
-        layout: "qkv": all queries, then all keys, then all values. "per-head": for every head its query, key, value.
+        layout: "qkv": all queries, then all keys, then all values. "per-head": for every key-value head the queries it
+            serves, then its key, then its value; so too where all heads share one. "gate-in": the gate, then `mlp.in`.
     """
 
     path: str
     layout: str
 
-    def rows(self, kind: Kind, heads: int, kv_heads: int, head_width: int) -> slice | tuple[int, ...]:
+    @property
+    def kinds(self) -> tuple[Kind, ...]:
+        """What it holds."""
+        return GATED if self.layout == "gate-in" else QKV
+
+    def rows(self, kind: Kind, shape: Shape) -> slice | tuple[int, ...]:
         """Which output rows belong to `kind` (a slice where they are contiguous)."""
-        part = (Kind.ATTN_Q, Kind.ATTN_K, Kind.ATTN_V).index(kind)
-        if self.layout == "qkv":
-            sizes = [heads * head_width, kv_heads * head_width, kv_heads * head_width]
-            return slice(sum(sizes[:part]), sum(sizes[: part + 1]))
-        table = torch.arange(3 * heads * head_width).view(heads, 3, head_width)
-        return tuple(table[:, part].reshape(-1).tolist())
+        part = self.kinds.index(kind)
+        if self.layout == "per-head" and shape.kv_heads > 1:
+            served = shape.heads // shape.kv_heads
+            table = torch.arange((shape.heads + 2 * shape.kv_heads) * shape.head_width)
+            groups = table.view(shape.kv_heads, served + 2, shape.head_width)
+            cut = slice(0, served) if part == 0 else slice(served + part - 1, served + part)
+            return tuple(groups[:, cut].reshape(-1).tolist())
+        sizes = [shape.neurons] * 2
+        if self.layout != "gate-in":
+            sizes = [heads * shape.head_width for heads in (shape.heads, shape.kv_heads, shape.kv_heads)]
+        return slice(sum(sizes[:part]), sum(sizes[: part + 1]))
+
+
+@dataclass(frozen=True)
+class Shape:
+    """How much of everything a block has: read off its weights, not off its configuration."""
+
+    heads: int
+    kv_heads: int
+    head_width: int
+    neurons: int
 
 
 @dataclass(frozen=True)
@@ -50,11 +74,17 @@ class Row:
         final_norm: path of the norm before the unembedding.
         embed: path of the token embedding.
         unembed: path of the unembedding.
-        fused: query, key and value in one matrix, or None where `maps` holds them apart.
+        fused: maps that share a matrix; the others stand in `maps`.
         stored_in_out: linear maps of the blocks are stored [in, out] (GPT-2's Conv1D), not [out, in].
         norms: kind to path, inside a block, of the norm whose output that map reads; nothing where maps read the
             stream itself, as in blocks that norm what they write.
         norm_offset: what a norm's stored weight lacks to its gain (1 where it is stored as the gain less 1).
+        added: kind (`attn.out`, `mlp.out`) to path, inside a block, of the norm its output passes before it is added
+            to the stream; nothing where it is added as it is.
+        when: settings of the configuration that this row asks for, where one model type has several layouts; the first
+            row that fits is taken.
+        overwrites: blocks add in place, onto what one of their maps put out.
+        found: the row was not in the table but found in the model's calls.
     """
 
     family: str
@@ -64,22 +94,34 @@ class Row:
     final_norm: str
     embed: str
     unembed: str = "lm_head"
-    fused: Fused | None = None
+    fused: tuple[Fused, ...] = ()
     stored_in_out: bool = False
     norms: Mapping[Kind, str] = field(default_factory=dict)
     norm_offset: float = 0.0
+    added: Mapping[Kind, str] = field(default_factory=dict)
+    when: Mapping[str, Any] = field(default_factory=dict)
+    overwrites: bool = False
+    found: bool = False
 
     def path(self, kind: Kind) -> str | None:
         """Module path of `kind` inside a block, or None where the family has none."""
-        if self.fused is not None and kind in (Kind.ATTN_Q, Kind.ATTN_K, Kind.ATTN_V):
-            return self.fused.path
-        return self.maps.get(kind)
+        shared = self.shared(kind)
+        return self.maps.get(kind) if shared is None else shared.path
+
+    def shared(self, kind: Kind) -> Fused | None:
+        """The matrix that `kind` shares with others, if it does."""
+        return next((fused for fused in self.fused if kind in fused.kinds), None)
+
+    def serves(self, config: Any) -> bool:
+        """Whether the row is for models of this configuration."""
+        same = (getattr(config, key, None) == value for key, value in self.when.items())
+        return getattr(config, "model_type", None) in self.model_types and all(same)
 
     @torch.no_grad()
     def bare_norm(self, norm: nn.Module, stream: Tensor) -> Tensor:
         """What `norm` makes of `stream` with its gain 1 and its bias 0, in the stream's dtype."""
         plain = {
-            name: torch.full_like(stored, 1 - self.norm_offset if name == "weight" else 0, dtype=stream.dtype)
+            name: stream.new_full(stored.shape, 1 - self.norm_offset if name == "weight" else 0)
             for name, stored in norm.named_parameters()
         }
         found: Tensor = torch.func.functional_call(norm, plain, (stream,))
@@ -150,13 +192,29 @@ def _normed(attention: str, mlp: str) -> dict[Kind, str]:
     return {kind: attention for kind in first} | {kind: mlp for kind in second}
 
 
+_LLAMA_MLP = {Kind.MLP_GATE: "mlp.gate_proj", Kind.MLP_IN: "mlp.up_proj", Kind.MLP_OUT: "mlp.down_proj"}
+_SANDWICH = {Kind.ATTN_OUT: "post_attention_layernorm", Kind.MLP_OUT: "post_feedforward_layernorm"}
+_FALCON: dict[str, Any] = {
+    "model_types": ("falcon",),
+    "blocks": "transformer.h",
+    "maps": {
+        Kind.ATTN_OUT: "self_attention.dense",
+        Kind.MLP_IN: "mlp.dense_h_to_4h",
+        Kind.MLP_OUT: "mlp.dense_4h_to_h",
+    },
+    "fused": (Fused("self_attention.query_key_value", "per-head"),),
+    "final_norm": "transformer.ln_f",
+    "embed": "transformer.word_embeddings",
+    "overwrites": True,
+}
+
 ROWS: tuple[Row, ...] = (
     Row(
         family="GPT-2",
         model_types=("gpt2",),
         blocks="transformer.h",
         maps={Kind.ATTN_OUT: "attn.c_proj", Kind.MLP_IN: "mlp.c_fc", Kind.MLP_OUT: "mlp.c_proj"},
-        fused=Fused("attn.c_attn", "qkv"),
+        fused=(Fused("attn.c_attn", "qkv"),),
         final_norm="transformer.ln_f",
         embed="transformer.wte",
         stored_in_out=True,
@@ -180,37 +238,123 @@ ROWS: tuple[Row, ...] = (
             Kind.MLP_IN: "mlp.dense_h_to_4h",
             Kind.MLP_OUT: "mlp.dense_4h_to_h",
         },
-        fused=Fused("attention.query_key_value", "per-head"),
+        fused=(Fused("attention.query_key_value", "per-head"),),
         final_norm="gpt_neox.final_layer_norm",
         embed="gpt_neox.embed_in",
         norms=_normed("input_layernorm", "post_attention_layernorm"),
     ),
     Row(
-        family="Llama",
-        model_types=("llama", "mistral", "qwen2", "qwen3"),
+        family="GPT-J",
+        model_types=("gptj",),
+        blocks="transformer.h",
+        maps=_split("attn", "out_proj", {Kind.MLP_IN: "mlp.fc_in", Kind.MLP_OUT: "mlp.fc_out"}),
+        final_norm="transformer.ln_f",
+        embed="transformer.wte",
+        norms=_normed("ln_1", "ln_1"),
+    ),
+    Row(
+        family="OPT",
+        model_types=("opt",),
+        blocks="model.decoder.layers",
+        maps=_split("self_attn", "out_proj", {Kind.MLP_IN: "fc1", Kind.MLP_OUT: "fc2"}),
+        final_norm="model.decoder.final_layer_norm",
+        embed="model.decoder.embed_tokens",
+        norms=_normed("self_attn_layer_norm", "final_layer_norm"),
+    ),
+    Row(
+        family="Phi",
+        model_types=("phi",),
         blocks="model.layers",
-        maps=_split(
-            "self_attn",
-            "o_proj",
-            {Kind.MLP_GATE: "mlp.gate_proj", Kind.MLP_IN: "mlp.up_proj", Kind.MLP_OUT: "mlp.down_proj"},
-        ),
+        maps=_split("self_attn", "dense", {Kind.MLP_IN: "mlp.fc1", Kind.MLP_OUT: "mlp.fc2"}),
+        final_norm="model.final_layernorm",
+        embed="model.embed_tokens",
+        norms=_normed("input_layernorm", "input_layernorm"),
+    ),
+    Row(
+        family="Phi-3",
+        model_types=("phi3",),
+        blocks="model.layers",
+        maps={Kind.ATTN_OUT: "self_attn.o_proj", Kind.MLP_OUT: "mlp.down_proj"},
+        fused=(Fused("self_attn.qkv_proj", "qkv"), Fused("mlp.gate_up_proj", "gate-in")),
         final_norm="model.norm",
         embed="model.embed_tokens",
+        norms=_normed("input_layernorm", "post_attention_layernorm"),
+    ),
+    Row(
+        family="Llama",
+        model_types=("llama", "mistral", "qwen2", "qwen3", "olmo"),
+        blocks="model.layers",
+        maps=_split("self_attn", "o_proj", _LLAMA_MLP),
+        final_norm="model.norm",
+        embed="model.embed_tokens",
+        norms=_normed("input_layernorm", "post_attention_layernorm"),
+    ),
+    Row(
+        # Maps read the stream itself and norms stand behind them, so there is nothing to fold: no `norms`.
+        family="OLMo-2",
+        model_types=("olmo2",),
+        blocks="model.layers",
+        maps=_split("self_attn", "o_proj", _LLAMA_MLP),
+        final_norm="model.norm",
+        embed="model.embed_tokens",
+        added=_SANDWICH,
+    ),
+    Row(
+        family="Gemma",
+        model_types=("gemma2", "gemma3_text"),
+        blocks="model.layers",
+        maps=_split("self_attn", "o_proj", _LLAMA_MLP),
+        final_norm="model.norm",
+        embed="model.embed_tokens",
+        norms=_normed("input_layernorm", "pre_feedforward_layernorm"),
+        norm_offset=1.0,
+        added=_SANDWICH,
+    ),
+    Row(
+        family="Falcon, two norms",
+        norms=_normed("ln_attn", "ln_mlp"),
+        when={"num_ln_in_parallel_attn": 2},
+        **_FALCON,
+    ),
+    Row(
+        family="Falcon, sequential",
+        norms=_normed("input_layernorm", "post_attention_layernorm"),
+        when={"parallel_attn": False},
+        **_FALCON,
+    ),
+    Row(family="Falcon", norms=_normed("input_layernorm", "input_layernorm"), **_FALCON),
+    Row(
+        family="BLOOM",
+        model_types=("bloom",),
+        blocks="transformer.h",
+        maps={
+            Kind.ATTN_OUT: "self_attention.dense",
+            Kind.MLP_IN: "mlp.dense_h_to_4h",
+            Kind.MLP_OUT: "mlp.dense_4h_to_h",
+        },
+        fused=(Fused("self_attention.query_key_value", "per-head"),),
+        final_norm="transformer.ln_f",
+        embed="transformer.word_embeddings",
         norms=_normed("input_layernorm", "post_attention_layernorm"),
     ),
 )
 """The table. Facts verified on tiny random models in tests/tiny."""
 
 
+def row_in_table(config: Any) -> Row | None:
+    """The row that serves models of this configuration, or None where the table has none."""
+    return next((row for row in ROWS if row.serves(config)), None)
+
+
 def row_for(config: Any) -> Row:
-    """The row that serves `config.model_type`.
+    """The row that serves models of this configuration.
 
     Raises:
         ModelError: no row does; the message names the file to edit.
     """
-    wanted = getattr(config, "model_type", None)
-    for row in ROWS:
-        if wanted in row.model_types:
-            return row
-    known = ", ".join(sorted(name for row in ROWS for name in row.model_types))
-    raise ModelError(f"no row for the model type {wanted!r} (known: {known}); add one to memloc/architectures.py")
+    found = row_in_table(config)
+    if found is None:
+        known = ", ".join(sorted({name for row in ROWS for name in row.model_types}))
+        wanted = getattr(config, "model_type", None)
+        raise ModelError(f"no row for the model type {wanted!r} (known: {known}); add one to memloc/architectures.py")
+    return found

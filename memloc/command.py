@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from memloc import processes
 from memloc.errors import InputError
 from memloc.flags import DataFile, Parser, add_fields, build
 from memloc.registry import Registry
@@ -28,6 +29,7 @@ class Verb:
         configure: adds its flags to a parser.
         run: does the work.
         methods: the table its NAME comes from, for verbs that take one.
+        shared: several processes can share its work.
     """
 
     name: str
@@ -35,6 +37,7 @@ class Verb:
     configure: Callable[[argparse.ArgumentParser], None]
     run: Callable[[argparse.Namespace, Terminal], None]
     methods: Registry | None = None
+    shared: bool = False
 
 
 def run(prog: str, about: str, verbs: Sequence[Verb], argv: Sequence[str]) -> None:
@@ -59,6 +62,8 @@ def run(prog: str, about: str, verbs: Sequence[Verb], argv: Sequence[str]) -> No
 
 def _run_verb(prog: str, verb: Verb, argv: list[str]) -> None:
     name = f"{prog} {verb.name}"
+    if processes.count() > 1 and not verb.shared:
+        raise InputError(f"{name} runs in one process; start it without torchrun")
     method, fields = None, []
     if verb.methods is not None and argv and not argv[0].startswith("-"):
         method = verb.methods[argv[0]]
@@ -138,7 +143,7 @@ def open_view(arguments: argparse.Namespace) -> ModelView:
     """The model the arguments name."""
     from memloc.view import ModelView
 
-    return ModelView.open(arguments.model)
+    return ModelView.open(arguments.model, device=processes.device())
 
 
 def read_passages(file: DataFile | None, view: ModelView, arguments: argparse.Namespace) -> Passages | None:

@@ -58,6 +58,18 @@ class DataFile:
         return str(self.path) if self.key is None else f"{self.path}#{self.key}={','.join(self.values)}"
 
 
+def shard(text: str) -> tuple[int, int]:
+    """Number and count from "1/4" (numbers from 1).
+
+    Raises:
+        InputError: not of that form, or a number outside the count.
+    """
+    found = re.fullmatch(r"(\d+)/(\d+)", text)
+    if found is None or not 1 <= int(found[1]) <= int(found[2]):
+        raise InputError(f"--shard {text}: expected NUMBER/COUNT, such as 1/4, numbers from 1 to the count")
+    return int(found[1]), int(found[2])
+
+
 def add_fields(parser: argparse.ArgumentParser, method: type) -> list[str]:
     """One flag for every field of `method` (a dataclass) that a shell can spell; returns those fields' names.
 

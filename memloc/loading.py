@@ -11,8 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from memloc.architectures import row_for
-from memloc.errors import CheckpointError
+from memloc.errors import CheckpointError, ModelError
 
 
 def load(model: str | Path, dtype: torch.dtype | None = None) -> tuple[nn.Module, Any]:
@@ -22,10 +21,10 @@ def load(model: str | Path, dtype: torch.dtype | None = None) -> tuple[nn.Module
 
     Raises:
         CheckpointError: missing, truncated, pickled, or with weights missing.
-        ModelError: the family has no row.
+        ModelError: not a causal language model.
     """
     from safetensors import SafetensorError
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
     folder = Path(model)
     if folder.exists():
@@ -34,7 +33,10 @@ def load(model: str | Path, dtype: torch.dtype | None = None) -> tuple[nn.Module
         raise CheckpointError(f"{model}: no such folder")
     try:
         with quiet():
-            row_for(AutoConfig.from_pretrained(str(model)))
+            config = AutoConfig.from_pretrained(str(model))
+            if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+                kind = config.model_type
+                raise ModelError(f"no row for the model type {kind!r}: transformers has no causal language model of it")
             loaded, info = AutoModelForCausalLM.from_pretrained(
                 str(model), dtype=dtype or "auto", use_safetensors=True, output_loading_info=True
             )

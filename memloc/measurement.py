@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from memloc.errors import ArtifactError
+from memloc.lazy import method
 from memloc.provenance import Provenance
 from memloc.store import write_text
 
@@ -56,6 +57,9 @@ class Measurement:
     rows: tuple[Mapping[str, Any], ...]
     provenance: Provenance
     control: Measurement | None = None
+
+    __repr__ = method("memloc.notebook:plain")
+    _repr_html_ = method("memloc.notebook:html")
 
     def __getitem__(self, figure: str) -> float:
         return self.figures[figure].value

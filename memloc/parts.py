@@ -110,14 +110,25 @@ def _joined_notes(notes: Sequence[Mapping[str, Any]], rows: Sequence[int]) -> di
 def _joined(values: Sequence[Any], rows: Sequence[int]) -> Any:
     if all(value == values[0] and type(value) is type(values[0]) for value in values):
         return values[0]
+    spreads = [_spread(value) for value in values]
+    if all(spreads):
+        least, mean, most = zip(*(spread for spread in spreads if spread), strict=True)
+        middle = sum(value * count for value, count in zip(mean, rows, strict=True)) / sum(rows)
+        return {"least": min(least), "mean": middle, "most": max(most)}
     if all(isinstance(value, Mapping) for value in values):
         return _joined_notes(values, rows)
     if all(isinstance(value, list) and len(value) == count for value, count in zip(values, rows, strict=True)):
         return [entry for value in values for entry in value]
-    if all(isinstance(value, int | float) and not isinstance(value, bool) for value in values):
-        mean = sum(value * count for value, count in zip(values, rows, strict=True)) / sum(rows)
-        return {"least": min(values), "mean": mean, "most": max(values)}
     return list(values)
+
+
+def _spread(value: Any) -> tuple[float, float, float] | None:
+    """Least, mean and most of a number, or of what was joined from numbers before; None of anything else."""
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        return value, value, value
+    if isinstance(value, Mapping) and set(value) == {"least", "mean", "most"}:
+        return value["least"], value["mean"], value["most"]
+    return None
 
 
 def _name(localizer: Any, view: ModelView, passages: Passages, contrast: Passages | None, size: int) -> str:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, overload
 
 from memloc.errors import InputError
+from memloc.lazy import method
 from memloc.provenance import digest_json
 
 FORMS = '{"id","text"}, {"prefix","suffix"} or {"prefix_ids","suffix_ids"}'
@@ -58,6 +59,9 @@ class Passages(Sequence[Passage]):
 
     items: tuple[Passage, ...]
     origin: str = ""
+
+    __repr__ = method("memloc.notebook:plain")
+    _repr_html_ = method("memloc.notebook:html")
 
     def __post_init__(self) -> None:
         seen: set[str] = set()
@@ -249,6 +253,9 @@ class Facts(Sequence[Fact]):
 
     items: tuple[Fact, ...]
     origin: str = ""
+
+    __repr__ = method("memloc.notebook:plain")
+    _repr_html_ = method("memloc.notebook:html")
 
     def __len__(self) -> int:
         return len(self.items)

@@ -50,7 +50,7 @@ def layer_bars(ax: Axes, localization: Localization | Mapping[str, Any], control
         left = [entry["layer"] + (place - (len(sides) - 1) / 2) * width for entry in layers]
         heights = [100 * entry[key] for entry in layers]
         ax.bar(left, heights, width * 0.94, color=SERIES[place], label=name, linewidth=0)
-    _axis(ax, "layer", "share of the score, %")
+    style_axis(ax, "layer", "share of the score, %")
     _whole_ticks(ax, [entry["layer"] for entry in layers])
 
 
@@ -83,7 +83,7 @@ def layer_component_map(
                 ax.text(x + 0.5, y + 0.5, text, ha="center", va="center", fontsize=7.5, color=ink, linespacing=1.3)
     ax.set_xlim(0, max(1, len(data["kinds"])))
     ax.set_ylim(0, max(1, len(rows)))
-    _axis(ax, "", "layer")
+    style_axis(ax, "", "layer")
     ax.grid(False)
     ax.spines[["left", "bottom"]].set_visible(False)
     ax.tick_params(length=0)
@@ -111,7 +111,7 @@ def head_map(ax: Axes, data: Mapping[str, Any]) -> None:
             for y, row in enumerate(rows)
         ]
     _grid(ax, rows, notes=notes, framed=chosen)
-    _axis(ax, "head", "layer")
+    style_axis(ax, "head", "layer")
     _grid_ticks(ax, [str(x) for x in range(max(map(len, rows), default=0))], [str(layer) for layer in data["layers"]])
 
 
@@ -129,11 +129,11 @@ def position_map(ax: Axes, data: Mapping[str, Any], *, prefix: int | None = None
         colours = [SERIES[0] if score >= 0 else SERIES[1] for score in rows[0]]
         ax.bar([x + 0.5 for x in range(length)], rows[0], 0.86, color=colours, linewidth=0)
         ax.set_xlim(0, max(1, length))
-        _axis(ax, "token", "score")
+        style_axis(ax, "token", "score")
         ax.grid(False, axis="x")
     else:
         _grid(ax, rows, gap=0.0)
-        _axis(ax, "token", "layer")
+        style_axis(ax, "token", "layer")
         _grid_ticks(ax, None, [str(layer) for layer in data["layers"]])
     step = max(1, math.ceil(length / 16))
     ax.set_xticks([x + 0.5 for x in range(0, length, step)], [str(x) for x in range(0, length, step)])
@@ -170,7 +170,7 @@ def neuron_strip(ax: Axes, localization: Localization | Mapping[str, Any], selec
                 height = [y + (0.16 if chosen else 0.0)] * len(dots)
                 ax.scatter(dots, height, s=size, color=colour, alpha=0.75, linewidths=0, zorder=3 + chosen,
                            label=once(label))  # fmt: skip
-    _axis(ax, "score (larger is more responsible)", "layer")
+    style_axis(ax, "score (larger is more responsible)", "layer")
     ax.grid(False, axis="y")
     ax.set_ylim(-0.6, max(0.6, len(data["sites"]) - 0.4))
     step = max(1, math.ceil(len(data["sites"]) / 16))
@@ -221,7 +221,7 @@ def curve(
                 if all(math.isfinite(end) for end in ends):
                     ax.plot([left, left], ends, color=INK if kind == "bars" else colour, linewidth=1.1, alpha=0.55,
                             label="_interval")  # fmt: skip
-    _axis(ax, x, y)
+    style_axis(ax, x, y)
     if kind == "bars":
         ax.grid(False, axis="x")
     if kind == "bars" or log:
@@ -319,7 +319,8 @@ def _signed(value: float) -> str:
     return "−" + text if value < 0 else text
 
 
-def _axis(ax: Axes, x: str, y: str) -> None:
+def style_axis(ax: Axes, x: str, y: str) -> None:
+    """Labels, spines, ticks and grid as every figure of memloc has them."""
     ax.set_xlabel(x, color=MUTED)
     ax.set_ylabel(y, color=MUTED)
     ax.spines[["top", "right"]].set_visible(False)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from memloc import hooks
+from memloc import hooks, slices
 from memloc.batches import pad
 from memloc.errors import ModelError
 from memloc.sites import Kind, Site
@@ -46,14 +47,24 @@ def prove_row(view: ModelView) -> None:
         hooks.record(_norms(view)) as normed,
     ):
         logits = view.logits(batch)
+    _all_called(sites, inputs, normed, view)
     for site in sites:
-        _prove_map(view, site, inputs[site], outputs[site])
+        _prove_map(view, site, inputs[site], _own(view, site, outputs))
         _prove_norm(view, site, inputs[site], normed)
     for layer in layers:
         _prove_values(view, layer, inputs, outputs)
-        added = before[layer] + outputs[Site(layer, Kind.ATTN_OUT)] + outputs[Site(layer, Kind.MLP_OUT)]
+        _prove_gate(view, layer, inputs, outputs)
+        with torch.no_grad():
+            parts = [
+                view.added(site, outputs[site]) for site in (Site(layer, k) for k in (Kind.ATTN_OUT, Kind.MLP_OUT))
+            ]
+        added = before[layer] + parts[0] + parts[1]
         _same(
-            f"L{layer}", "the block's output", added, after[layer], "input + attention + mlp; check attn.out, mlp.out"
+            f"L{layer}",
+            "the block's output",
+            added,
+            after[layer],
+            "input + attention + mlp; check attn.out, mlp.out and added",
         )
     with torch.no_grad():
         spoken = view.unembed(view.final_norm(after[view.layers - 1]))
@@ -61,7 +72,7 @@ def prove_row(view: ModelView) -> None:
 
 
 def _prove_map(view: ModelView, site: Site, entering: Tensor, leaving: Tensor) -> None:
-    weight, place = view.weight(site).detach(), view.place(site)
+    weight = view.weight(site).detach()
     if entering.shape[-1] != weight.shape[1]:
         raise ModelError(
             f"{site}: input has {entering.shape[-1]} entries, weight is {list(weight.shape)}; check stored_in_out"
@@ -69,10 +80,6 @@ def _prove_map(view: ModelView, site: Site, entering: Tensor, leaving: Tensor) -
     made = entering.to(torch.float64) @ weight.to(torch.float64).T
     if view.has(Site(site.layer, site.kind, bias=True)):
         made = made + view.weight(Site(site.layer, site.kind, bias=True)).detach().to(torch.float64)
-    if isinstance(place.rows, slice):
-        leaving = leaving[..., place.rows]
-    elif place.rows is not None:
-        leaving = leaving[..., list(place.rows)]
     _same(str(site), "output", made, leaving, "input @ weight.T; check stored_in_out and the paths")
 
 
@@ -81,7 +88,7 @@ def _norms(view: ModelView) -> dict[NormSide, hooks.Point]:
     places = {(layer, path) for layer in range(view.layers) for path in view.row.norms.values() if _reads(view, path)}
     sides: tuple[hooks.Side, ...] = ("input", "output")
     return {
-        (layer, path, side): hooks.Point(view.block(layer).get_submodule(path), side)
+        (layer, path, side): view.point(Site(layer, Kind.MLP_OUT), path, side)
         for layer, path in places
         for side in sides
     }
@@ -98,29 +105,78 @@ def _prove_norm(view: ModelView, site: Site, entering: Tensor, seen: Mapping[Nor
     found = seen[site.layer, path, "output"]
     _same(str(site), "input", found, entering, f"what {path} puts out; check norms")
     norm = view.block(site.layer).get_submodule(path)
-    stored = {name: entry.detach().to(torch.float64) for name, entry in norm.named_parameters()}
+    stored = {name: slices.whole(entry.detach()).to(torch.float64) for name, entry in norm.named_parameters()}
     gain = stored["weight"] + view.row.norm_offset if "weight" in stored else 1.0
     plain = view.row.bare_norm(norm, seen[site.layer, path, "input"].to(torch.float64))
     made = plain * gain + stored.get("bias", 0.0)
-    _same(f"L{site.layer}.{path}", "output", made, found, "its bare form, gain and bias; check norm_offset")
+    # Some norms are float32 in every dtype.
+    _same(f"L{site.layer}.{path}", "output", made, found, "its bare form, gain and bias; check norm_offset", least=1e-6)
 
 
 def _prove_values(view: ModelView, layer: int, inputs: Mapping[Site, Tensor], outputs: Mapping[Site, Tensor]) -> None:
     value = Site(layer, Kind.ATTN_V)
-    rows = view.place(value).rows
-    made = outputs[value][:, 0]
-    if rows is not None:
-        made = made[:, rows] if isinstance(rows, slice) else made[:, list(rows)]
+    made = _own(view, value, outputs)[:, 0]
+    if made.shape[1] % view.kv_heads or view.heads % view.kv_heads:
+        raise ModelError(
+            f"{value}: {made.shape[1]} values in {view.kv_heads} groups for {view.heads} heads; check fused"
+        )
     groups = view.heads // view.kv_heads
-    made = made.view(len(made), view.kv_heads, -1).repeat_interleave(groups, 1).flatten(1)
+    made = made.reshape(len(made), view.kv_heads, -1).repeat_interleave(groups, 1).flatten(1)
     heads = inputs[Site(layer, Kind.ATTN_OUT)][:, 0]
     if made.shape != heads.shape:
         raise ModelError(f"{value}: {made.shape[1]} values for {heads.shape[1]} head entries; check fused and head_dim")
     _same(str(value), "values at position 0", made, heads, "what the heads put out; check the fused layout")
 
 
-def _same(place: str, what: str, made: Tensor, found: Tensor, hint: str) -> None:
+def _all_called(
+    sites: Sequence[Site], inputs: Mapping[Site, Tensor], normed: Mapping[NormSide, Tensor], view: ModelView
+) -> None:
+    """What the model computes without calling its module is seen by no hook."""
+    for site in sites:
+        path = view.row.norms.get(site.kind)
+        if site not in inputs or (path is not None and (site.layer, path, "output") not in normed):
+            what = view.row.path(site.kind) if site not in inputs else path
+            raise ModelError(
+                f"{site}: {what} is not called in a forward pass, so nothing can be read there; check maps"
+            )
+
+
+def _prove_gate(view: ModelView, layer: int, inputs: Mapping[Site, Tensor], outputs: Mapping[Site, Tensor]) -> None:
+    """A gated neuron is a function of the gate times what `mlp.in` puts out: which of the two is which."""
+    gate, into, out = (Site(layer, kind) for kind in (Kind.MLP_GATE, Kind.MLP_IN, Kind.MLP_OUT))
+    if not view.has(gate):
+        return
+    opened, passed, neurons = _own(view, gate, outputs), _own(view, into, outputs), inputs[out]
+    allowed = TOLERANCE.get(neurons.dtype, 1e-4) * max(1.0, float(neurons.abs().max()))
+    plain = [module for module in view.block(layer).modules() if not any(True for _ in _contents(module))]
+    for module in plain:
+        with torch.no_grad(), contextlib.suppress(TypeError):
+            made = module(opened) * passed
+            if made.shape == neurons.shape and float((made - neurons).abs().max()) <= allowed:
+                return
+    raise ModelError(f"{gate}: neurons are no function of the gate times mlp.in; check mlp.gate, mlp.in and "
+                     "their layout (memloc/architectures.py)")  # fmt: skip
+
+
+def _contents(module: nn.Module) -> Iterator[object]:
+    yield from module.children()
+    yield from module.parameters()
+    yield from module.buffers()
+
+
+def _own(view: ModelView, site: Site, outputs: Mapping[Site, Tensor]) -> Tensor:
+    """What the site's map put out, of a shared matrix its own part."""
+    rows = view.place(site).rows
+    if rows is None:
+        return outputs[site]
+    return outputs[site][..., rows if isinstance(rows, slice) else list(rows)]
+
+
+def _same(place: str, what: str, made: Tensor, found: Tensor, hint: str, *, least: float = 0.0) -> None:
+    if made.shape != found.shape:
+        raise ModelError(f"{place}: {what} is {list(found.shape)}, not {list(made.shape)} as {hint} "
+                         "(memloc/architectures.py)")  # fmt: skip
     scale = float(found.abs().max()) or 1.0
     gap = float((made.to(torch.float64) - found.to(torch.float64)).abs().max())
-    if not gap <= TOLERANCE.get(found.dtype, 1e-4) * scale:
+    if not gap <= max(least, TOLERANCE.get(found.dtype, 1e-4)) * scale:
         raise ModelError(f"{place}: {what} differs by {gap:.2g} from {hint} (memloc/architectures.py)")

@@ -44,8 +44,14 @@ def digest_ids(rows: Iterable[Iterable[int]]) -> str:
 
 def digest_raw(dtype: str, shape: Iterable[int], data: bytes | memoryview) -> str:
     """Digest of a stored tensor: safetensors dtype name (`F32`, `BF16`, ...), shape, little-endian bytes."""
+    return digest_parts(dtype, shape, [data])
+
+
+def digest_parts(dtype: str, shape: Iterable[int], parts: Iterable[bytes | memoryview]) -> str:
+    """`digest_raw` of bytes that come in parts."""
     total = hashlib.sha256(f"{dtype}{list(shape)}".encode())
-    total.update(data)
+    for part in parts:
+        total.update(part)
     return total.hexdigest()
 
 

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from memloc import store
 from memloc.errors import InputError, MismatchError
+from memloc.lazy import method
 from memloc.provenance import Provenance
 from memloc.sites import Grain, Site
 
@@ -45,6 +46,9 @@ class Localization:
     passages: tuple[str, ...] | None = None
     notes: Mapping[str, Any] = field(default_factory=dict)
     lengths: tuple[int, ...] | None = None
+
+    __repr__ = method("memloc.notebook:plain")
+    _repr_html_ = method("memloc.notebook:html")
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "scores", {s: t.detach().to("cpu", torch.float32) for s, t in self.scores.items()})
@@ -158,6 +162,9 @@ class Selection:
     grain: Grain
     masks: Mapping[Site, Tensor]
     provenance: Provenance
+
+    __repr__ = method("memloc.notebook:plain")
+    _repr_html_ = method("memloc.notebook:html")
 
     @property
     def count(self) -> int:

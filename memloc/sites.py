@@ -11,6 +11,7 @@ import re
 from dataclasses import dataclass
 
 from memloc.errors import InputError
+from memloc.lazy import method
 
 
 class Kind(enum.StrEnum):
@@ -75,6 +76,8 @@ class Site:
     layer: int
     kind: Kind
     bias: bool = False
+
+    _repr_html_ = method("memloc.notebook:html")
 
     def __post_init__(self) -> None:
         if self.kind.in_block == (self.layer == OUTSIDE) or self.layer < OUTSIDE:

@@ -18,15 +18,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from memloc import hooks
-from memloc.architectures import Place, Row, row_for
+from memloc import hooks, slices
+from memloc.architectures import Place, Row, Shape, row_in_table
 from memloc.batches import Batch, batches
+from memloc.call_order import rows_by_call_order
 from memloc.engines.engine import HOOKS, Engine, PlainHooks
 from memloc.engines.opening import open_engine
 from memloc.engines.parity import prove_engine
 from memloc.errors import InputError, ModelError
+from memloc.lazy import method
 from memloc.loading import load
 from memloc.passages import Passages, decode
+from memloc.paths_given import Given, given_paths
 from memloc.proof import prove_row
 from memloc.provenance import digest_tensor
 from memloc.sites import OUTSIDE, Kind, Site
@@ -45,6 +48,9 @@ class ModelView:
         ModelError: a parameter is quantised, offloaded or not finite.
     """
 
+    __repr__ = method("memloc.notebook:plain")
+    _repr_html_ = method("memloc.notebook:html")
+
     def __init__(self, model: Any, row: Row, tokenizer: Any = None, name: str = "") -> None:
         self.model: Any = model.eval()
         self.engine: Engine = PlainHooks()
@@ -54,15 +60,15 @@ class ModelView:
         self.name = name or type(model).__name__
         self.layers = int(self.config.num_hidden_layers)
         self.heads = int(self.config.num_attention_heads)
-        self.kv_heads = int(getattr(self.config, "num_key_value_heads", None) or self.heads)
         self.width = int(self.config.hidden_size)
-        self.head_width = int(getattr(self.config, "head_dim", None) or self.width // self.heads)
         self.vocab = int(self.config.vocab_size)
         self.context: int | None = getattr(self.config, "max_position_embeddings", None)
         self._modules: dict[str, Any] = dict(model.named_modules())
         self._names = {id(parameter): name for name, parameter in model.named_parameters()}
         self._check_parameters()
-        self.neurons = self.weight(Site(0, Kind.MLP_OUT)).shape[1]
+        self.neurons = int(self.weight(Site(0, Kind.MLP_OUT)).shape[1])
+        self.head_width = int(self.weight(Site(0, Kind.ATTN_OUT)).shape[1]) // self.heads
+        self.kv_heads = self._groups()
 
     @classmethod
     def open(
@@ -74,6 +80,7 @@ class ModelView:
         dtype: torch.dtype | None = None,
         device: str | torch.device | None = None,
         prove: bool = True,
+        paths: Mapping[str, str] | str | Path | None = None,
     ) -> ModelView:
         """Look at a model in memory, a local checkpoint folder, or a name on the hub; prove its row.
 
@@ -85,10 +92,12 @@ class ModelView:
             dtype: load in this dtype; by default the stored one.
             device: where to put a loaded model; by default the CPU.
             prove: check the row by arithmetic on one small forward (some milliseconds for small models).
+            paths: module paths as editing configurations name them, or a file of them; see `memloc.paths_given`.
 
         Raises:
             CheckpointError: the folder cannot be read, or holds only pickles.
-            ModelError: unknown family, quantised, offloaded, not finite, or the row or the engine fails its proof.
+            ModelError: quantised, offloaded, not finite; the row or the engine fails its proof; or the family has no
+                row, and none that passes could be found in the order of the model's calls.
             InputError: no such engine, or its package is missing.
         """
         if isinstance(model, ModelView):
@@ -100,20 +109,47 @@ class ModelView:
             tokenizer = tokenizer if tokenizer is not None else found
         if device is not None:
             model = model.to(device)
-        opened = open_engine(model, engine)
+        given, opened = given_paths(paths), open_engine(model, engine)
         tokenizer = tokenizer if tokenizer is not None else opened.tokenizer
-        view = cls._look(opened.model, tokenizer, name, prove).running(opened.engine)
+        view = cls._look(opened.model, given, tokenizer, name, prove).running(opened.engine)
         if prove:
             prove_engine(view, opened.bridge)
         return view
 
     @classmethod
-    def _look(cls, model: Any, tokenizer: Any, name: str, prove: bool) -> ModelView:
+    def _look(cls, model: Any, given: Given, tokenizer: Any, name: str, prove: bool) -> ModelView:
         """A view of a plain model in memory, by plain hooks."""
-        view = cls(model, row_for(model.config), tokenizer, name)
+        row = row_in_table(model.config)
+        if row is None or given:
+            return cls._found(model, given, tokenizer, name)
+        view = cls(model, row, tokenizer, name)
         if prove:
             prove_row(view)
         return view
+
+    @classmethod
+    def _found(cls, model: Any, given: Given, tokenizer: Any, name: str) -> ModelView:
+        """A view by a row that is not in the table, or with paths of the caller's: always proved."""
+        known = row_in_table(model.config)
+        if known is not None:
+            view = cls(model, given.over(known, model), tokenizer, name)
+            prove_row(view)
+            return view
+        reasons: list[str] = []
+        kind, model = getattr(model.config, "model_type", type(model).__name__), model.eval()
+        try:
+            for row in rows_by_call_order(model, given.hints(model)):
+                try:
+                    view = cls(model, row, tokenizer, name)
+                    prove_row(view)
+                except ModelError as error:
+                    reasons.append(str(error))
+                else:
+                    return view
+        except ModelError as error:
+            reasons.insert(0, str(error))
+        raise ModelError(f"no row for the model type {kind!r}, and none that its calls suggest is true: {reasons[0]}; "
+                         "name its paths (--paths), or add a row to memloc/architectures.py")  # fmt: skip
 
     def running(self, engine: Engine | None = None) -> ModelView:
         """The same model and row, run by another engine; by default plain hooks."""
@@ -170,14 +206,18 @@ class ModelView:
         """Where the weight of `site` lies: parameter name, orientation, rows of a fused matrix."""
         name = self._names[id(self.parameter(site))]
         transposed = self.row.stored_in_out and site.kind.in_block and not site.bias
-        fused = self.row.fused is not None and site.kind in (Kind.ATTN_Q, Kind.ATTN_K, Kind.ATTN_V)
-        if not fused or self.row.fused is None:
+        fused = self.row.shared(site.kind)
+        if fused is None:
             return Place(name, transposed)
-        return Place(name, transposed, self.row.fused.rows(site.kind, self.heads, self.kv_heads, self.head_width))
+        shape = Shape(self.heads, self.kv_heads, self.head_width, self.neurons)
+        return Place(name, transposed, fused.rows(site.kind, shape))
 
     def weight(self, site: Site) -> Tensor:
-        """The weight `[out, in]` (or bias `[out]`): a view on the model's memory; a copy for interleaved fused maps."""
-        return self.place(site).read(self.parameter(site))
+        """The weight `[out, in]` (or bias `[out]`): a view on the model's memory.
+
+        It is a copy for interleaved fused maps, and where the weight lies in slices; every process must ask then.
+        """
+        return self.place(site).read(slices.whole(self.parameter(site)))
 
     def tied(self, parameter: str) -> tuple[str, ...]:
         """Other names of the same parameter ("lm_head.weight" where the unembedding is the embedding)."""
@@ -230,15 +270,50 @@ class ModelView:
         """Logits `[k, v]`, float32 (float64 stays), at the positions (rows[i], columns[i]) only."""
         return self.unembed(self.hidden(batch)[rows, columns])
 
-    def unembed(self, hidden: Tensor) -> Tensor:
-        """Logits of normed residual vectors `[..., d]` as `[..., v]`, float32 (float64 stays)."""
-        logits: Tensor = self._modules[self.row.unembed](hidden)
-        return logits if logits.dtype == torch.float64 else logits.float()
+    @property
+    def soft_cap(self) -> float | None:
+        """The c of logits that are c·tanh(logits / c), so that none is larger than c; None where they are not."""
+        cap = getattr(self.config, "final_logit_softcapping", None)
+        return None if cap is None else float(cap)
+
+    def unembed(self, hidden: Tensor, *, capped: bool = True) -> Tensor:
+        """Logits of normed residual vectors `[..., d]` as `[..., v]`, float32 (float64 stays).
+
+        Args:
+            hidden: normed.
+            capped: the model's own logits; otherwise without their soft cap, linear in `hidden`.
+        """
+        logits = slices.call(self.model, self._module(self.row.unembed), hidden)
+        logits = logits if logits.dtype == torch.float64 else logits.float()
+        cap = self.soft_cap
+        return logits if cap is None or not capped else cap * torch.tanh(logits / cap)
 
     def final_norm(self, hidden: Tensor) -> Tensor:
         """The norm before the unembedding."""
-        normed: Tensor = self._modules[self.row.final_norm](hidden)
+        return slices.call(self.model, self._module(self.row.final_norm), hidden)
+
+    def added(self, site: Site, output: Tensor) -> Tensor:
+        """What the block adds to the stream where its map `site` (`attn.out`, `mlp.out`) puts out `output`.
+
+        The same, but in families whose blocks norm what they write.
+        """
+        path = self.row.added.get(site.kind)
+        if path is None:
+            return output
+        normed: Tensor = self._module(f"{self.row.blocks}.{site.layer}.{path}")(output)
         return normed
+
+    def record_added(self, sites: Iterable[Site]) -> AbstractContextManager[dict[Site, Tensor]]:
+        """What the blocks add to the stream for their maps `sites` (`attn.out`, `mlp.out`): site to `[n, t, d]`."""
+        paths = {site: self.row.added.get(site.kind) or self.row.path(site.kind) for site in sites}
+        return hooks.record({site: self.point(site, path, "output") for site, path in paths.items()})
+
+    def point(self, site: Site, path: str | None, side: hooks.Side) -> hooks.Point:
+        """A side of the module at `path` in the block of `site`; of the site's own module where that is None."""
+        if not site.kind.in_block:
+            return hooks.Point(self.module(site), side)
+        module = self.module(site) if path is None else self._module(f"{self.row.blocks}.{site.layer}.{path}")
+        return hooks.Point(module, side, self.block(site.layer), side == "output" and self.row.overwrites)
 
     def tail(self, layer: int, batch: Batch) -> Tail:
         """Everything above block `layer`, ready to be run again and again on changed residuals of `batch`.
@@ -277,7 +352,7 @@ class ModelView:
         """Digest of all parameters, by name. Cost: one pass over the weights, each time it is asked."""
         total = hashlib.sha256()
         for name, parameter in sorted(self.model.named_parameters()):
-            total.update(f"{name}:{digest_tensor(parameter)}\n".encode())
+            total.update(f"{name}:{digest_tensor(slices.whole(parameter))}\n".encode())
         return total.hexdigest()
 
     def spell(self, ids: Sequence[int]) -> tuple[str, ...]:
@@ -319,14 +394,22 @@ class ModelView:
         return found
 
     def _points(self, sites: Iterable[Site], side: hooks.Side) -> dict[Site, hooks.Point]:
-        return {site: hooks.Point(self.module(site), side) for site in sites}
+        return {site: self.point(site, None, side) for site in sites}
+
+    def _groups(self) -> int:
+        """Key-value heads, counted in the weights: the configuration calls them by many names."""
+        stored = self.parameter(Site(0, Kind.ATTN_V))
+        made = int(stored.shape[1 if self.row.stored_in_out else 0]) // max(1, self.head_width)
+        return max(1, made if self.row.shared(Kind.ATTN_V) is None else (made - self.heads) // 2)
 
     def _base(self) -> Any:
         return getattr(self.model, self.model.base_model_prefix)
 
     def _inputs(self, batch: Batch) -> dict[str, Any]:
-        # Given also where nothing is padded: without one, transformers warns of every row that ends in the pad token.
-        return {"input_ids": batch.ids, "attention_mask": batch.mask.long(), "use_cache": False}
+        # Padding is on the right, where no real token sees it, so it needs no mask; masked, a padded token under a
+        # sliding window would see nothing at all, which some attention makes NaN of. All ones, not none: without a
+        # mask, transformers warns of every row that ends in the pad token.
+        return {"input_ids": batch.ids, "attention_mask": torch.ones_like(batch.ids), "use_cache": False}
 
     @cached_property
     def _quantised(self) -> bool:
@@ -336,11 +419,13 @@ class ModelView:
         for name, parameter in self.model.named_parameters():
             if parameter.device.type == "meta":
                 raise ModelError(
-                    f"{name} is offloaded (on the meta device); load the model whole, with no disk offload"
+                    f"{name} is offloaded (on the meta device), so it cannot be read; load the model whole, or edit "
+                    "its checkpoint with `memloc apply`"
                 )
             if self._quantised or not parameter.is_floating_point():
                 raise ModelError(f"{name} is quantised ({parameter.dtype}); load the model in its full-precision form")
-            if parameter.numel() and not bool(torch.isfinite(parameter.detach().abs().max())):
+            held = slices.here(parameter.detach())
+            if held.numel() and not bool(torch.isfinite(held.abs().max())):
                 raise ModelError(
                     f"{name} holds values that are not finite (NaN or infinite); the checkpoint is damaged"
                 )
@@ -360,6 +445,5 @@ class Tail:
     def hidden(self, residual: Tensor) -> Tensor:
         """After the final norm, `[n, t, d]`, were the residual after block `layer` this one; differentiable."""
         for layer in range(self.layer + 1, self.view.layers):
-            call = self._calls[layer]
-            residual = hooks.first(self.view.block(layer)(residual, *call.args, **call.kwargs))
+            residual = hooks.first(self._calls[layer].again(self.view.block(layer), residual))
         return self.view.final_norm(residual)

@@ -15,6 +15,10 @@ _LLAMA = {
     "vocab_size": VOCAB, "hidden_size": 24, "intermediate_size": 37, "num_hidden_layers": 3,
     "num_attention_heads": 6, "num_key_value_heads": 2, "max_position_embeddings": 64, **_ENDS,
 }  # fmt: skip
+_FALCON = {
+    "vocab_size": VOCAB, "hidden_size": 24, "num_hidden_layers": 3, "num_attention_heads": 6, "ffn_hidden_size": 37,
+    "max_position_embeddings": 64, **_ENDS,
+}  # fmt: skip
 
 CONFIGS: dict[str, tuple[type, dict[str, Any]]] = {
     "gpt2": (
@@ -39,11 +43,65 @@ CONFIGS: dict[str, tuple[type, dict[str, Any]]] = {
     "mistral": (transformers.MistralConfig, {**_LLAMA, "sliding_window": 5}),
     "qwen2": (transformers.Qwen2Config, _LLAMA),
     "qwen3": (transformers.Qwen3Config, {**_LLAMA, "head_dim": 10}),
+    "gptj": (
+        transformers.GPTJConfig,
+        {
+            "vocab_size": VOCAB, "n_positions": 64, "n_embd": 24, "n_inner": 37, "n_layer": 3, "n_head": 3,
+            "rotary_dim": 4, **_ENDS,
+        },
+    ),
+    "opt": (
+        transformers.OPTConfig,
+        {
+            "vocab_size": VOCAB, "hidden_size": 24, "word_embed_proj_dim": 24, "ffn_dim": 37, "num_hidden_layers": 3,
+            "num_attention_heads": 3, "max_position_embeddings": 64, "pad_token_id": 1, **_ENDS,
+        },
+    ),
+    "phi": (
+        transformers.PhiConfig,
+        {
+            "vocab_size": VOCAB, "hidden_size": 24, "intermediate_size": 37, "num_hidden_layers": 3,
+            "num_attention_heads": 3, "max_position_embeddings": 64, **_ENDS,
+        },
+    ),
+    "phi3": (
+        transformers.Phi3Config,
+        {**_LLAMA, "original_max_position_embeddings": 64, "pad_token_id": 0},
+    ),
+    "olmo": (transformers.OlmoConfig, {**_LLAMA, "pad_token_id": 0}),
+    "olmo2": (transformers.Olmo2Config, {**_LLAMA, "pad_token_id": 0}),
+    "gemma2": (
+        transformers.Gemma2Config,
+        {
+            **_LLAMA, "head_dim": 10, "pad_token_id": 0, "sliding_window": 5, "final_logit_softcapping": 3.0,
+            "attn_logit_softcapping": 2.0,
+        },
+    ),
+    "gemma3": (
+        transformers.Gemma3TextConfig,
+        {**_LLAMA, "head_dim": 10, "pad_token_id": 0, "sliding_window": 5, "sliding_window_pattern": 2},
+    ),
+    "falcon": (transformers.FalconConfig, _FALCON),
+    "falcon_new": (transformers.FalconConfig, {**_FALCON, "new_decoder_architecture": True, "num_kv_heads": 2}),
+    "falcon_rw": (
+        transformers.FalconConfig,
+        {**_FALCON, "parallel_attn": False, "multi_query": False, "alibi": True, "bias": True},
+    ),
+    "bloom": (
+        transformers.BloomConfig,
+        {"vocab_size": VOCAB, "hidden_size": 24, "n_layer": 3, "n_head": 3, **_ENDS},
+    ),
 }  # fmt: skip
 """Model type to config class and settings. Grouped queries, a sliding window (Mistral) and local attention (GPT-Neo)
-narrower than the passages, a head width that is not width / heads (Qwen3)."""
+narrower than the passages, a head width that is not width / heads (Qwen3, Gemma), soft caps that bite (Gemma-2)."""
 
-FAMILIES = tuple(CONFIGS)
+FAMILIES = ("gpt2", "gpt_neo", "gpt_neox", "llama", "mistral", "qwen2", "qwen3")
+"""Those that every test runs on."""
+UNUSUAL = ("gemma2", "falcon_new", "opt")
+"""Held to the whole battery for their traits: norms behind what is written, soft caps and scaled embeddings; parallel
+blocks of two norms with grouped heads in one matrix; maps that are handed their tokens flat."""
+OTHERS = tuple(family for family in CONFIGS if family not in FAMILIES + UNUSUAL)
+"""Held to less: every method once."""
 
 
 def build(family: str, *, dtype: torch.dtype = torch.float32, seed: int = 0, **changes: Any) -> Any:

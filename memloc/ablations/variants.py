@@ -85,39 +85,46 @@ class Variants:
         """Mean suffix NLL, `[n]` nats per token, were the stream after block `layer` this, `[n, t, d]`."""
         top = self.view.layers - 1
         for index in range(layer + 1, top):
-            call = self._calls[index]
-            stream = hooks.first(self.view.block(index)(stream, *call.args, **call.kwargs))
+            stream = hooks.first(self._calls[index].again(self.view.block(index), stream))
         return self._nll(self._top(stream) if layer < top else stream[:, self.scored])
 
     def nll_at_the_end(self, steps: Tensor, directions: Tensor) -> Tensor:
         """Mean suffix NLL, `[n]`, were `steps[n, s] · directions[n, d]` taken from the stream before the final norm.
 
         s are the positions that predict the suffix. No matrix product but one of `directions` with the unembedding;
-        where the norm has no closed form, norm and unembedding are run.
+        where the norm has no closed form, or what is written passes one of its own, norms and unembedding are run.
         """
         stream = self.above[self.view.layers - 1][self.scored]
-        if self.norm is None:
-            taken = _wide(stream) - _wide(steps)[..., None] * _wide(directions)[:, None]
-            return self._nll(taken.to(stream))
+        if self.norm is None or Kind.MLP_OUT in self.view.row.added:
+            return self._nll(self._less(self.view.layers - 1, steps, directions, self.scored))
         logits = self.norm.logits(stream, steps, directions)
         return self._mean_nll(logits)
 
     def without_each(self, layer: int, neurons: Tensor) -> Tensor:
         """The stream after block `layer` less what each of `neurons` [n] alone wrote: `[n, t, d]`.
 
-        What `mlp.out` writes is added to the stream as it is: the proof of every row shows so on load.
+        What `mlp.out` writes is added to the stream as it is, or through a norm: every row's proof shows which.
         """
         site = gate_sites(self.view, Grain.NEURON)[layer]
         values, spoken = self.view.weight(site).detach()[:, neurons].T, self.entering[site][:, neurons].T
-        stream = torch.addcmul(_wide(self.above[layer]), _wide(spoken)[..., None], _wide(values)[:, None], value=-1)
-        return stream.to(self.view.dtype)
+        return self._less(layer, spoken, values, slice(None))
+
+    def _less(self, layer: int, steps: Tensor, directions: Tensor, where: slice) -> Tensor:
+        """The stream after block `layer`, some positions, had `mlp.out` written `steps[n, s] · directions[n]` less."""
+        above, steps, directions = _wide(self.above[layer][where]), _wide(steps)[..., None], _wide(directions)[:, None]
+        site, dtype = Site(layer, Kind.MLP_OUT), self.view.dtype
+        if site.kind not in self.view.row.added:
+            return torch.addcmul(above, steps, directions, value=-1).to(dtype)
+        out = self.view.module(site)(self.entering[site][where])
+        less = self.view.added(site, torch.addcmul(_wide(out), steps, directions, value=-1).to(dtype))
+        return (above - _wide(self.view.added(site, out)) + _wide(less)).to(dtype)
 
     def gated(self, site: Site, gates: Tensor) -> Tensor:
         """The stream after the block of `site`, `[n, t, d]`, were its units multiplied by `[n, u]`. Cost: one block."""
         call, stream = self._calls[site.layer], self.below[site.layer]
         with gated(self.view, {site: gates}):
             block = self.view.block(site.layer)
-            return hooks.first(block(stream.expand(len(gates), *stream.shape), *call.args, **call.kwargs))
+            return hooks.first(call.again(block, stream.expand(len(gates), *stream.shape)))
 
     def _top(self, stream: Tensor) -> Tensor:
         """The top block's output at the positions that predict the suffix, `[n, s, d]`."""
@@ -247,7 +254,7 @@ def _call(block: Any, stream: Tensor, call: hooks.Call, past: _Past) -> Tensor:
     """The block as it was called, on another stream and another past."""
     args = [past if isinstance(value, Cache) else value for value in call.args]
     kwargs = {name: past if isinstance(value, Cache) else value for name, value in call.kwargs.items()}
-    return hooks.first(block(stream, *args, **kwargs))
+    return hooks.first(hooks.Call(tuple(args), kwargs, call.rows).again(block, stream))
 
 
 def _base(view: ModelView) -> Any:

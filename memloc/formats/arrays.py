@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib
+import pickletools
+import re
 import zipfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,6 +17,11 @@ if TYPE_CHECKING:
 
 PICKLE_LIMIT = 2**16
 """Bytes of the largest description of tensors in a .pt file; one of a single matrix takes a few hundred."""
+NAMED = re.compile(
+    r"torch\._utils _rebuild_tensor_v[23]|collections OrderedDict|torch\.storage UntypedStorage|"
+    r"torch (\w+Storage|u?int\d+|b?float\d+|complex\d+|bool)"
+)
+"""What the pickle of a tensor names."""
 
 
 def read_npy(path: Path) -> Content:
@@ -56,28 +63,43 @@ def read_pt(path: Path) -> Content:
 
 
 def _check_archive(path: Path) -> None:
-    """Refuse archives that grow when read and long pickles, before anything is read from them.
+    """Refuse archives that grow when read, and pickles that are long or name what no tensor needs, before torch reads.
 
     Raises:
-        InputError: not an archive torch wrote, a compressed entry, an entry longer than the file, a long pickle.
+        InputError: not an archive torch wrote, a compressed entry, an entry longer than the file, such a pickle.
     """
     try:
         with zipfile.ZipFile(path) as archive:
             entries = archive.infolist()
-    except (zipfile.BadZipFile, ValueError, OSError, NotImplementedError) as error:
+            _check_entries(path, entries)
+            _check_names(path, archive.read(_pickle_of(entries)))
+    except (zipfile.BadZipFile, ValueError, OSError, EOFError, RuntimeError) as error:
         raise InputError(f"{path}: an archive that cannot be read ({short(error)})") from error
-    pickles = [entry for entry in entries if entry.filename.endswith("/data.pkl")]
-    if len(pickles) != 1:
+
+
+def _pickle_of(entries: list[zipfile.ZipInfo]) -> zipfile.ZipInfo:
+    return next(entry for entry in entries if entry.filename.endswith("/data.pkl"))
+
+
+def _check_entries(path: Path, entries: list[zipfile.ZipInfo]) -> None:
+    if sum(entry.filename.endswith("/data.pkl") for entry in entries) != 1:
         names = ", ".join(entry.filename for entry in entries[:4])
         raise InputError(f"{path}: an archive of {names or 'nothing'}; expected a tensor that torch.save wrote")
     grown = [entry.filename for entry in entries if entry.compress_type != zipfile.ZIP_STORED]
     if grown or sum(entry.file_size for entry in entries) > path.stat().st_size:
         raise InputError(f"{path}: {(grown or ['its content'])[0]} grows when unpacked; torch.save does not compress")
-    if pickles[0].file_size > PICKLE_LIMIT:
-        raise InputError(
-            f"{path}: {pickles[0].file_size} bytes describe its tensors, at most {PICKLE_LIMIT} are read; "
-            "expected one tensor"
-        )
+    size = _pickle_of(entries).file_size
+    if size > PICKLE_LIMIT:
+        raise InputError(f"{path}: {size} bytes describe its tensors, at most {PICKLE_LIMIT} are read; expected one")
+
+
+def _check_names(path: Path, raw: bytes) -> None:
+    """Refuse a pickle that names anything but what a tensor is made of; it is listed, not run."""
+    for code, argument, _ in pickletools.genops(raw):
+        if code.name in ("STACK_GLOBAL", "INST", "OBJ", "EXT1", "EXT2", "EXT4"):
+            raise InputError(f"{path}: not a plain tensor (its pickle has {code.name}); nothing in it was run")
+        if code.name == "GLOBAL" and not NAMED.fullmatch(str(argument)):
+            raise InputError(f"{path}: not a plain tensor (it names {argument}); nothing in it was run")
 
 
 def _ids(path: Path, found: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:

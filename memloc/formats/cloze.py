@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 from memloc.errors import InputError
-from memloc.formats.content import Content
+from memloc.formats.content import Content, Row
 from memloc.formats.format import (
     FACT_KEYS,
     PASSAGE_KEYS,
@@ -62,13 +64,24 @@ def _asked(sentence: str, answer: str, tags: dict[str, Any]) -> list[dict[str, A
     return [{"prefix": head.rstrip(), "suffix": " " + answer.strip(), **tags}]
 
 
+def with_patterns(content: Content, settings: Settings) -> Iterable[Row]:
+    """Each pair with the relation's templates.
+
+    Raises:
+        InputError: no file of patterns is named, or none in it can be used.
+    """
+    if settings.patterns is None:
+        raise InputError(f"{content.path}: sub_label and obj_label without a sentence; give the relation's patterns: "
+                         "`memloc convert --patterns FILE`")  # fmt: skip
+    templates = patterns(settings.patterns)
+    for where, record in content.rows:
+        yield where, (record, templates)
+
+
 def pairs(record: Any, settings: Settings) -> list[dict[str, Any]]:
     """A pair (sub_label, obj_label), asked with the patterns that end in [Y]: the first is its prompt."""
-    entry = object_at(record)
+    entry, templates = object_at(record[0]), record[1]
     subject, answer = text_at(entry, "sub_label"), text_at(entry, "obj_label")
-    if settings.patterns is None:
-        raise InputError("sub_label and obj_label without a sentence; give the relation's patterns: --patterns FILE")
-    templates = patterns(settings.patterns)
     found = {
         "id": str(entry.get("uuid", "")),
         "prompt": templates[0],
@@ -83,7 +96,7 @@ def pairs(record: Any, settings: Settings) -> list[dict[str, Any]]:
     return own(found, settings)
 
 
-def patterns(path: Any) -> list[str]:
+def patterns(path: str | Path) -> list[str]:
     """Templates with {} for [X] from a file of patterns ("pattern" or "template"), those that end in [Y].
 
     Raises:
@@ -135,6 +148,7 @@ FORMATS = (
             content.has("sub_label", "obj_label") and not content.keys.intersection({"masked_sentences", "evidences"})
         ),
         convert=pairs,
+        rows=with_patterns,
         noted=ONE_ANSWER,
     ),
 )

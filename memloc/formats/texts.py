@@ -191,6 +191,12 @@ FORMATS = (
         under("definition", "definitions"),
     ),
     _passages(
+        "wikimia",
+        "WikiMIA: input, label (1 for members)",
+        lambda content: content.has("input", "label"),
+        under("input", "wikimia"),
+    ),
+    _passages(
         "paragraphs",
         "paragraph localization's table: paragraph, id, count, em, nll",
         lambda content: content.has("paragraph", "id"),

@@ -40,7 +40,7 @@ def reading(
         ModelError: folded, and the family's row knows no norm before one of the maps.
     """
     norms = {} if convention == "raw" else {s: norm_before(view, s) for s in sites if s.kind not in WRITERS}
-    points = {id(norm): hooks.Point(norm, "input") for norm in norms.values()}
+    points = {id(norm): hooks.Point(norm, "input", view.block(site.layer)) for site, norm in norms.items()}
     with view.record([site for site in sites if site not in norms]) as entering, hooks.record(points) as streams:
 
         def found() -> dict[Site, Tensor]:

@@ -54,7 +54,7 @@ class Way(Protocol):
 
 
 class Straight:
-    """α·h enters `mlp.out`: the stream moves in a line, so d coordinates are enough, those of the stream."""
+    """α·h enters `mlp.out`: what it writes moves in a line, so d coordinates are enough, those of what it writes."""
 
     site: Scaled = "activation"
 
@@ -62,13 +62,14 @@ class Straight:
         self._view = view
         written = torch.stack([prefill.written[layer][row, column] for layer in range(view.layers)])
         self.ends = written.to(wide(view.dtype))
+        self._adding = _Adding(view, prefill, (row, column))
         self._said = {layer: prefill.neurons[layer][row, column] for layer in range(view.layers)}
 
     def move(self, layers: Tensor, at: Tensor, alphas: Tensor) -> tuple[Tensor, Tensor]:
         """See `Way`."""
         written = self.ends[layers, at]
         shift = torch.zeros_like(written).requires_grad_()
-        return shift, shift[:, None] + (alphas[..., None] - 1) * written[:, None]
+        return shift, self._adding.moved(layers, at, shift[:, None] + (alphas[..., None] - 1) * written[:, None])
 
     def slope(self, gradient: Tensor) -> Tensor:
         """See `Way`."""
@@ -80,6 +81,31 @@ class Straight:
         return self._said[layer].to(gradient) * (gradient @ weight)
 
 
+class _Adding:
+    """From what `mlp.out` writes to what its block adds to the stream: the same, or a norm of it."""
+
+    def __init__(self, view: ModelView, prefill: Prefill, where: tuple[Tensor, Tensor]) -> None:
+        self._view = view
+        normed = range(view.layers) if Kind.MLP_OUT in view.row.added else ()
+        self._out = {layer: view.module(_out(layer))(prefill.neurons[layer][where]).detach() for layer in normed}
+
+    def moved(self, layers: Tensor, at: Tensor, change: Tensor) -> Tensor:
+        """How far the stream moves, [i, q, d], when what is written changes by so much; layers ascend."""
+        if not self._out:
+            return change
+        parts = []
+        for layer in sorted(set(layers.tolist())):
+            here = layers == layer
+            out = self._out[layer][at[here]][:, None]
+            new = self._view.added(_out(layer), (out.to(change) + change[here]).to(out))
+            parts.append((new - self._view.added(_out(layer), out)).to(change))
+        return torch.cat(parts)
+
+
+def _out(layer: int) -> Site:
+    return Site(layer, Kind.MLP_OUT)
+
+
 class Bent:
     """α·z leaves `mlp.in`, and the activation function bends the path: f coordinates, those of z."""
 
@@ -87,6 +113,7 @@ class Bent:
 
     def __init__(self, view: ModelView, prefill: Prefill, before: Tensor, where: tuple[Tensor, Tensor]) -> None:
         dtype = wide(view.dtype)
+        self._adding = _Adding(view, prefill, where)
         self.ends = before.to(dtype)
         self._weights = [view.weight(Site(layer, Kind.MLP_OUT)).detach() for layer in range(view.layers)]
         self._said = [prefill.neurons[layer][where].to(dtype) for layer in range(view.layers)]
@@ -102,7 +129,7 @@ class Bent:
             here = layers == layer
             change = self._bends[layer](leaf[here]) - self._said[layer][at[here]][:, None]
             parts.append(change @ self._weights[layer].to(change).T)
-        return leaf, torch.cat(parts)
+        return leaf, self._adding.moved(layers, at, torch.cat(parts))
 
     def slope(self, gradient: Tensor) -> Tensor:
         """See `Way`."""

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from memloc.plots import INK, MUTED, PAPER, SERIES, _axis
+from memloc.plots import INK, MUTED, PAPER, SERIES, style_axis
 from memloc.store import atomic_file
 
 if TYPE_CHECKING:
@@ -202,7 +202,7 @@ def effect_bars(ax: Axes, rows: Rows) -> None:
             ends, mean = [left - thick / 2, left + thick / 2], sum(effect.random) / len(effect.random)
             ax.fill_between(ends, min(effect.random), max(effect.random), color=MUTED, alpha=0.4, linewidth=0)
             ax.plot(ends, [mean] * 2, color=MUTED, linewidth=1.6, label=_once("random controls", named))
-    _axis(ax, "layer" if not any("-" in label for label in labels) else "layers", axis.label)
+    style_axis(ax, "layer" if not any("-" in label for label in labels) else "layers", axis.label)
     axis.ticks(ax)
     ax.axhline(0, color=INK, linewidth=0.8)
     ax.set_xticks(range(len(labels)), labels, rotation=45 if len(labels) > 12 else 0)
@@ -236,7 +236,7 @@ def effect_map(ax: Axes, rows: Rows) -> None:
     random = [change for effect in effects for change in effect.random]
     lines += [axis.label]
     lines += [f"random controls: {axis.written(min(random))} to {axis.written(max(random))}"] if random else []
-    _axis(ax, "\n".join(lines), "layer")
+    style_axis(ax, "\n".join(lines), "layer")
     ax.grid(False)
     ax.spines[["left", "bottom"]].set_visible(False)
     ax.tick_params(length=0)
@@ -257,7 +257,7 @@ def effect_list(ax: Axes, rows: Rows, most: int = 24) -> None:
             ends = [min(effect.random), max(effect.random)]
             ax.plot(ends, [y - 0.38] * 2, color=MUTED, linewidth=3.5, marker="|", markersize=5,
                     label=_once("random controls", named))  # fmt: skip
-    _axis(ax, axis.label, "")
+    style_axis(ax, axis.label, "")
     axis.ticks(ax, across=True)
     ax.axvline(0, color=INK, linewidth=0.8)
     ax.grid(False, axis="y")
@@ -290,7 +290,7 @@ def dose_curve(ax: Axes, rows: Rows, *, across: str = "count") -> None:
             (_random_band if control else _dose_line)(ax, points, scale, colour, way)
     ax.axhline(scale * first.baseline, color=INK, linewidth=0.9, linestyle=":", label="untouched")
     unit = "%" if scale == 100 else first.unit
-    _axis(ax, "factor" if across == "factor" else f"{first.grain}s ablated",
+    style_axis(ax, "factor" if across == "factor" else f"{first.grain}s ablated",
           first.figure if unit == first.figure else f"{first.figure}, {unit}")  # fmt: skip
     values = [row.value for row in rows if math.isfinite(row.value)]
     if first.unit == "share":

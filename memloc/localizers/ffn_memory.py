@@ -18,7 +18,7 @@ from memloc.progress import steps
 from memloc.provenance import Provenance, settings_of
 from memloc.reading import composition
 from memloc.reading.composition import Heard
-from memloc.reading.promoted import CHUNK, DirectPath, Promoted
+from memloc.reading.promoted import CHUNK, DirectPath, Promoted, no_direct_path
 from memloc.reading.triggers import CHUNK as PACKED
 from memloc.reading.triggers import Triggers, purity, read_triggers, shuffled
 from memloc.scores import Localization
@@ -114,6 +114,11 @@ class FfnMemory:
         inputs |= {} if contrast is None else {"contrast": contrast.digest}
         provenance = Provenance("ffn-memory", settings_of(self), seed=self.seed, inputs=inputs)
         return Localization(Grain.NEURON, by_site, provenance, passages.ids, notes)
+
+    @staticmethod
+    def refuses(view: ModelView) -> str | None:
+        """Why it has nothing to say of this family, or None."""
+        return no_direct_path(view)
 
     def cost(self, view: ModelView, passages: Passages, *, contrast: Passages | None = None) -> Cost:
         """A forward over the corpus of triggers (less, where `table` holds some already) and one over the passages."""

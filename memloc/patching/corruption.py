@@ -50,7 +50,8 @@ class Corruption:
             of some random exchanges of one prefix token (`patching.perturbation`). "noise": Gaussian noise on the
             embeddings of the subject (tag "subject"), or of the whole prefix where no subject is marked. "rare": the
             same on the quarter of the prefix's tokens that are rarest in the contrast.
-        noise: its standard deviation, in standard deviations of the entries of the embedding matrix.
+        noise: its standard deviation, in standard deviations of the entries of the token embeddings, scaled where the
+            model scales them.
         draws: rows of noise, or contrast passages, each passage is corrupted with.
         alternatives: of "perturbed": tokens tried at every position.
         seed: every passage draws by itself, from the seed and its own tokens.
@@ -87,7 +88,7 @@ class Corruption:
         if self.how == "resample":
             return [self._resampled(item, contrast or passages) for item in passages]
         counts = None if contrast is None or self.how != "rare" else _counts(view, contrast)
-        sigma = float(view.weight(EMBED).detach().double().std())
+        sigma = embedding_spread(view)
         return [self._noisy(view, item, _noised(item, counts), sigma) for item in passages]
 
     def check(self, contrast: Passages | None) -> None:
@@ -131,6 +132,12 @@ class Corruption:
         noise = torch.zeros(self.draws, len(item.ids), view.width, dtype=torch.float64)
         noise[:, list(where)] = self.noise * sigma * drawn
         return Corrupted(torch.tensor([item.ids]).expand(self.draws, -1), noise, min(where))
+
+
+@torch.no_grad()
+def embedding_spread(view: ModelView) -> float:
+    """Standard deviation of the entries of all token embeddings, as the embedding puts them out."""
+    return float(view.module(EMBED)(torch.arange(view.vocab, device=view.device)).double().std())
 
 
 def added(view: ModelView, noise: Tensor | None) -> AbstractContextManager[None]:

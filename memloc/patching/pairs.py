@@ -222,8 +222,7 @@ class Pair:
 
     def _above(self, start: int, residual: Tensor) -> Tensor:
         for layer in range(start, self.view.layers):
-            call = self.calls[layer]
-            residual = hooks.first(self.view.block(layer)(residual, *call.args, **call.kwargs))
+            residual = hooks.first(self.calls[layer].again(self.view.block(layer), residual))
         return self.view.final_norm(residual)
 
 
@@ -258,7 +257,7 @@ def through(view: ModelView, places: Places, base: Run, reads: Mapping[int, Tens
             return mixed
 
         with view.replace([site], change, side="output"), view.record([out]) as seen:
-            view.block(site.layer)(entering, *call.args, **call.kwargs)
+            call.again(view.block(site.layer), entering)
         found[out] = seen[out]
     return found
 

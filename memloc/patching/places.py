@@ -77,7 +77,7 @@ class Places:
             return {site: hooks.Point(self.view.block(site.layer), "output") for site in self.scored}
         sites = [member for site in self.scored for member in self.members(site)]
         side: hooks.Side = "input" if self.grain in ("neuron", "head") else "output"
-        return {site: hooks.Point(self.view.module(site), side) for site in sorted(set(sites))}
+        return {site: self.view.point(site, None, side) for site in sorted(set(sites))}
 
     def count(self, tokens: int) -> int:
         """Places at one scored site, of a passage of so many tokens."""

@@ -7,8 +7,9 @@ up the stream is checked in every run, so a family that norms what its sublayers
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -38,15 +39,20 @@ class Norm:
     dtype: torch.dtype
 
     @classmethod
-    @torch.no_grad()
     def of(cls, view: ModelView) -> Norm:
-        """Take the view's norm apart, on a handful of vectors. Cost: no block is run.
+        """Take the view's final norm apart. Cost: no block is run."""
+        return cls.apart(view, view.final_norm)
+
+    @classmethod
+    @torch.no_grad()
+    def apart(cls, view: ModelView, module: Callable[[Tensor], Tensor]) -> Norm:
+        """Take a norm of the stream's width apart, on a handful of vectors.
 
         Vectors are large, so that what the norm adds under its root vanishes.
         """
 
         def norm(x: Tensor) -> Tensor:
-            return view.final_norm(x.to(view.device, view.dtype)).to(wide(view.dtype))
+            return module(x.to(view.device, view.dtype)).to(wide(view.dtype))
 
         signs = 1.0 - 2.0 * (torch.arange(view.width, dtype=torch.float64) % 2)
         bias = norm(torch.zeros(view.width, dtype=torch.float64))
@@ -88,15 +94,18 @@ class Attribution:
     `embedding`, `constant` and all of `components` sum to `logit`, up to rounding.
 
     Attributes:
-        components: site (`attn.out` and `mlp.out` of every layer, their biases included) to [k].
+        components: site (`attn.out` and `mlp.out` of every layer, their biases included, and behind the norm that
+            what they put out may pass) to [k].
         embedding: [k], what enters the first block.
         constant: [k], the biases of the final norm and of the unembedding.
-        logit: [k], the model's own, minus the vocabulary's mean where centred.
+        logit: [k], the model's own before any soft cap, minus the vocabulary's mean where centred.
         along: [k, d], the direction each part of the stream is multiplied with.
         row: [k], row of each position in the batch.
         column: [k], the position.
         token: [k], the token read for.
         entering: what entered the sites that were asked for, site to [k, width].
+        inside: site to [k, d], of those sites: the direction that what their map puts out is multiplied with. It is
+            `along`, but where a norm stands behind the map (its scale held).
     """
 
     components: Mapping[Site, Tensor]
@@ -108,11 +117,12 @@ class Attribution:
     column: Tensor
     token: Tensor
     entering: Mapping[Site, Tensor]
+    inside: Mapping[Site, Tensor]
 
     def neurons(self, view: ModelView, site: Site) -> Tensor:
         """h_i·(v_i·along), [k, f]: with the bias of `mlp.out` they sum to its component."""
         weight = view.weight(site).detach().to(self.along)
-        return self.entering[site].to(self.along) * (self.along @ weight)
+        return self.entering[site].to(self.along) * (self.inside[site] @ weight)
 
     def heads(self, view: ModelView, site: Site) -> Tensor:
         """What each head adds, [k, h]: with the bias of `attn.out` they sum to its component."""
@@ -149,7 +159,8 @@ def attribute(
     row, column, token = spoken_at(batch, position)
     sites, inner = view.sites(Kind.ATTN_OUT, Kind.MLP_OUT), view.sites(*[entering] if entering else [])
     with (
-        view.record(sites, side="output") as written,
+        view.record(inner, side="output") as bare,
+        view.record_added(sites) as written,
         view.record(inner) as inside,
         view.record_blocks([0], side="input") as before,
         view.record_blocks([view.layers - 1]) as after,
@@ -160,20 +171,32 @@ def attribute(
     embedded = before[0][row, column].to(norm.gain)
     _prove_sum(view, [embedded, *parts.values()], leaving)
     normed = view.final_norm(leaving)
-    logits = view.unembed(normed).to(norm.gain)
+    logits = view.unembed(normed, capped=False).to(norm.gain)
     token = logits.argmax(-1) if of == "prediction" else token
     read, constant = _read(view, norm, token, centre=centre)
     along = norm.pulled_back(read, norm.scale(leaving, normed))
     logit = logits.gather(1, token[:, None])[:, 0] - (logits.mean(-1) if centre else 0)
     components = {site: (part * along).sum(-1) for site, part in parts.items()}
     kept = {site: inside[site][row, column] for site in inner}
-    return Attribution(components, (embedded * along).sum(-1), constant, logit, along, row, column, token, kept)
+    pulls = {site: _inside(view, site, along, bare[site][row, column]) for site in inner}
+    share = (embedded * along).sum(-1)
+    return Attribution(components, share, constant, logit, along, row, column, token, kept, pulls)
+
+
+def _inside(view: ModelView, site: Site, along: Tensor, put_out: Tensor) -> Tensor:
+    """What `put_out` [k, d] is multiplied with to know its share along `along`, behind the norm it may pass."""
+    if site.kind not in view.row.added:
+        return along
+    behind = Norm.apart(view, partial(view.added, site))
+    if behind.bias.any():
+        raise ModelError(f"{site}: the norm behind it adds a bias, which no part of its input can be given")
+    return behind.pulled_back(along, behind.scale(put_out, view.added(site, put_out)))
 
 
 def _read(view: ModelView, norm: Norm, token: Tensor, *, centre: bool) -> tuple[Tensor, Tensor]:
     """The tokens' rows of the unembedding [k, d], and what biases add to their logits [k]."""
     unembed = view.weight(Site(OUTSIDE, Kind.UNEMBED)).detach()
-    offsets = view.unembed(torch.zeros_like(unembed[:1]))[0].to(norm.gain)
+    offsets = view.unembed(torch.zeros_like(unembed[:1]), capped=False)[0].to(norm.gain)
     read, offset = unembed[token].to(norm.gain), offsets[token]
     if centre:
         read, offset = read - unembed.mean(0, dtype=norm.gain.dtype), offset - offsets.mean()

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from memloc.errors import ModelError
 from memloc.progress import steps
 from memloc.reading.attribution import Norm
 from memloc.sites import OUTSIDE, Kind, Site
@@ -14,6 +15,13 @@ from memloc.view import ModelView
 
 CHUNK = 1 << 24
 """Logits alive at once."""
+
+
+def no_direct_path(view: ModelView) -> str | None:
+    """Why the values of neurons cannot be read straight in this family, or None where they can."""
+    if Kind.MLP_OUT not in view.row.added:
+        return None
+    return f"{view.row.added[Kind.MLP_OUT]} norms what mlp.out writes, so no neuron's value reaches the stream as it is"
 
 
 @dataclass(frozen=True)
@@ -35,7 +43,14 @@ class DirectPath:
     @classmethod
     @torch.no_grad()
     def of(cls, view: ModelView) -> DirectPath:
-        """Of a model. Cost: no block is run."""
+        """Of a model. Cost: no block is run.
+
+        Raises:
+            ModelError: its blocks norm what they write, so that no neuron's value reaches the stream as it is.
+        """
+        reason = no_direct_path(view)
+        if reason is not None:
+            raise ModelError(f"{view.row.family}: {reason}")
         norm = Norm.of(view)
         return cls(view, norm, view.weight(Site(OUTSIDE, Kind.UNEMBED)).detach().to(norm.gain))
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from memloc.errors import InputError, TargetError
+from memloc.lazy import method
 from memloc.report.comparison import Comparison
 from memloc.report.contents import Condition, Curve, EditSummary, Located, Note, Verdict, jsonable
 from memloc.report.markdown import render_markdown
@@ -60,6 +61,9 @@ class Report:
     provenance: Mapping[str, Any] = field(default_factory=dict)
     commands: tuple[str, ...] = ()
     show_text: bool = False
+
+    __repr__ = method("memloc.notebook:plain")
+    _repr_html_ = method("memloc.notebook:html")
 
     def __post_init__(self) -> None:
         names = [entry.name for entry in self.comparisons]

@@ -216,7 +216,7 @@ class Passed:
 
     def block(self, layer: int, residual: Tensor, tensors: Mapping[str, Tensor] | None = None) -> Tensor:
         """The residual stream after block `layer`, called with `tensors` in the place of its own."""
-        call, block = self.calls[layer], self.view.block(layer)
+        call, block = self.calls[layer].fitted(len(residual)), self.view.block(layer)
         found: Any = functional_call(block, dict(tensors or {}), (residual, *call.args), dict(call.kwargs))
         return hooks.first(found)
 

@@ -131,11 +131,16 @@ class Column:
     def _block(self, layer: int, running: Tensor, rows: Tensor) -> Tensor:
         keys = self.prefill.keys[layer][rows, :, : self.column]
         values = self.prefill.values[layer][rows, :, : self.column]
-        past, call = _Past(keys, values), self.calls[layer]
-        args = [past if isinstance(value, Cache) else value for value in call.args]
-        kwargs = {name: past if isinstance(value, Cache) else value for name, value in call.kwargs.items()}
         tokens = running.reshape(-1, 1, running.shape[-1])
-        return hooks.first(self.prefill.view.block(layer)(tokens, *args, **kwargs)).view(running.shape)
+        call = on_cache(self.calls[layer], _Past(keys, values))
+        return hooks.first(call.again(self.prefill.view.block(layer), tokens)).view(running.shape)
+
+
+def on_cache(call: hooks.Call, past: Any) -> hooks.Call:
+    """The call on another past."""
+    args = tuple(past if isinstance(value, Cache) else value for value in call.args)
+    kwargs = {name: past if isinstance(value, Cache) else value for name, value in call.kwargs.items()}
+    return hooks.Call(args, kwargs, call.rows)
 
 
 class _Past:

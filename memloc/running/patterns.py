@@ -120,7 +120,7 @@ class Attention:
             view.replace([Site(layer, Kind.ATTN_V)], units, side="output"),
             view.record([out], stop=True) as seen,
         ):
-            attention_module(view, layer)(self.entering[layer], *call.args, **call.kwargs)
+            call.again(attention_module(view, layer), self.entering[layer])
         return split_heads(view, seen[out])
 
     def _prove(self, layer: int, pattern: Tensor, picked: tuple[Tensor, Tensor], real: Tensor) -> None:

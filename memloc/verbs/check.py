@@ -3,29 +3,81 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from memloc.command import open_view
+from memloc.methods import LOCALIZERS
+from memloc.registry import Registry
 from memloc.terminal import Terminal
+
+if TYPE_CHECKING:
+    from memloc.view import ModelView
 
 
 def flags(parser: argparse.ArgumentParser) -> None:
     """Add its flags."""
     parser.add_argument("model", help="checkpoint folder (or hub name)")
+    parser.add_argument(
+        "--paths",
+        type=Path,
+        metavar="FILE",
+        help="module paths of the model, as editing configurations name them (rewrite_module_tmp and its like): JSON, "
+        "or lines 'key: value'",
+    )
 
 
-def run(arguments: argparse.Namespace, terminal: Terminal) -> None:
-    """Prove the model's row and print what it says."""
-    from memloc.sites import Kind, Site
+def run(arguments: argparse.Namespace, terminal: Terminal, tables: Sequence[Registry] = (LOCALIZERS,)) -> None:
+    """Prove the model's row; print what it says, and which methods of `tables` can work on the model."""
+    from memloc.view import ModelView
 
-    view = open_view(arguments)
+    view = ModelView.open(arguments.model, paths=arguments.paths)
+    about, maps = _about(view), _maps(view)
+    terminal.table("proved by arithmetic on this model", ["", ""], list(about.items()))
+    terminal.table("maps of a block", list(maps[0]), [list(entry.values()) for entry in maps])
+    terminal.note("neurons are read at the input of mlp.out, heads at the input of attn.out")
+    found: dict[str, Any] = {}
+    for table in tables:
+        reasons = {name: refusal(table[name], view) for name in sorted(table)}
+        found[table.noun + "s"] = {name: reason is None or reason for name, reason in reasons.items()}
+        shown = [[name, "yes" if reason is None else f"no: {reason}"] for name, reason in reasons.items()]
+        terminal.table(f"{table.noun}s that work on it", ["name", ""], shown)
+    terminal.result({**about, "maps": maps, **found})
+
+
+def refusal(method: Any, view: ModelView) -> str | None:
+    """Why a method cannot work on models of this family, or None where it can; nothing is run.
+
+    A method that some families rule out tells so by a function of its class, `refuses(view)`.
+    """
+    asked = getattr(method, "refuses", None)
+    reason: str | None = None if asked is None else asked(view)
+    return reason
+
+
+def _about(view: ModelView) -> dict[str, Any]:
+    from memloc.sites import Kind
+
+    row = view.row
     about = {
-        "model": view.name, "family": view.row.family, "type": view.config.model_type, "layers": view.layers,
+        "model": view.name, "family": row.family, "type": view.config.model_type, "layers": view.layers,
         "width": view.width, "heads": view.heads, "key-value heads": view.kv_heads, "head width": view.head_width,
         "neurons": view.neurons, "vocabulary": view.vocab, "context": view.context, "dtype": str(view.dtype),
         "tokenizer": type(view.tokenizer).__name__ if view.tokenizer else None, "digest": view.digest,
+        "blocks": row.blocks, "final norm": row.final_norm, "unembedding": row.unembed, "soft cap": view.soft_cap,
+        "norms before maps": ", ".join(dict.fromkeys(row.norms.values())) or "none, so maps cannot be folded",
+        "norms behind maps": ", ".join(row.added.values()) or None,
+        "row": "found in the order of the model's calls" if row.found else "in the table",
     }  # fmt: skip
     unembed = view.place(view.sites(Kind.UNEMBED)[0]).parameter
     about["tied"] = ", ".join((unembed, *view.tied(unembed))) if view.tied(unembed) else None
+    return about
+
+
+def _maps(view: ModelView) -> list[dict[str, Any]]:
+    from memloc.sites import Site
+
+    columns = ["kind", "parameter at layer 0", "weight [out, in]", "stored", "bias", "note"]
     maps = []
     for kind in view.kinds:
         place = view.place(Site(0, kind))
@@ -33,8 +85,4 @@ def run(arguments: argparse.Namespace, terminal: Terminal) -> None:
         stored = "[in, out]" if place.transposed else "[out, in]"
         rows = None if place.rows is None else "part of a fused map"
         maps.append([str(kind), place.parameter, list(view.weight(Site(0, kind)).shape), stored, biased, rows])
-    terminal.table("proved by arithmetic on this model", ["", ""], list(about.items()))
-    columns = ["kind", "parameter at layer 0", "weight [out, in]", "stored", "bias", "note"]
-    terminal.table("maps of a block", columns, maps)
-    terminal.note("neurons are read at the input of mlp.out, heads at the input of attn.out")
-    terminal.result({**about, "maps": [dict(zip(columns, row, strict=True)) for row in maps]})
+    return [dict(zip(columns, row, strict=True)) for row in maps]

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 from typing import TYPE_CHECKING
 
-from memloc import store
+from memloc import processes, store
 from memloc.command import common, need_passages, open_view, out, read_facts, read_passages, read_text
 from memloc.errors import InputError
+from memloc.flags import shard
 from memloc.terminal import Terminal, complain
 from memloc.verbs.printing import localization_json, print_localization
 
@@ -30,13 +30,20 @@ def flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--step", type=int, default=5, help="with --joint: units silenced between scorings (default: 5)"
     )
+    parser.add_argument(
+        "--shard",
+        type=shard,
+        metavar="NUMBER/COUNT",
+        help="score this share of the passages only, for `memloc merge`",
+    )
     parser.add_argument("--plan", action="store_true", help="tell what the run would take, and stop")
 
 
 def run(arguments: argparse.Namespace, terminal: Terminal) -> None:
     """Tell the plan, localize, print the best places, save."""
-    if arguments.out is not None:
+    if arguments.out is not None and not processes.rank():
         store.check_target(arguments.out)
+    _check_divided(arguments)
     view = open_view(arguments)
     facts = read_facts(arguments.facts, view)
     if facts is None and arguments.paraphrases:
@@ -48,7 +55,8 @@ def run(arguments: argparse.Namespace, terminal: Terminal) -> None:
     )
     contrast = _contrast(arguments, view)
     controls = read_passages(arguments.controls, view, arguments)
-    plan = _plan(arguments, view, passages, controls, contrast, terminal)
+    ours, others = _share(arguments, passages), None if controls is None else _share(arguments, controls)
+    plan = _plan(arguments, view, ours, others, contrast, terminal)
     if arguments.plan:
         terminal.result({"plan": plan})
         return
@@ -59,6 +67,26 @@ def run(arguments: argparse.Namespace, terminal: Terminal) -> None:
     beside = None if controls is None else _localize(arguments, view, controls, contrast, terminal, ".controls")
     print_localization(found, terminal, arguments.top, beside)
     terminal.result({**localization_json(found, arguments.top, beside), "plan": plan})
+
+
+def _check_divided(arguments: argparse.Namespace) -> None:
+    """See that the work can be divided where it is to be."""
+    if arguments.shard is None and processes.count() == 1:
+        return
+    from memloc.shared_work import check_divisible
+
+    check_divisible(arguments.method)
+    if arguments.joint is not None:
+        raise InputError("--joint scores all passages together, again and again; it runs whole and in one process")
+
+
+def _share(arguments: argparse.Namespace, passages: Passages) -> Passages:
+    """The passages of --shard, or all."""
+    if arguments.shard is None:
+        return passages
+    from memloc.shared_work import sharded
+
+    return sharded(passages, arguments.shard)
 
 
 def _contrast(arguments: argparse.Namespace, view: ModelView) -> Passages | None:
@@ -118,26 +146,29 @@ def _localize(
     suffix: str,
 ) -> Localization:
     """Run the method, in parts that survive an interrupt where it can; save where a file is named."""
-    if arguments.out is None:
-        found: Localization = arguments.method(view, passages, contrast=contrast)
-        return found
     from memloc import parts
+    from memloc.shared_work import localize, marked
 
-    path: Path = arguments.out.with_suffix(f"{suffix}{arguments.out.suffix}") if suffix else arguments.out
-    folder = path.with_name(f".{path.name}.parts")
-    if not getattr(arguments.method, "in_parts", False):
-        found = arguments.method(view, passages, contrast=contrast)
-    else:
+    ours, folder, path = _share(arguments, passages), None, None
+    if arguments.out is not None:
+        path = arguments.out.with_suffix(f"{suffix}{arguments.out.suffix}") if suffix else arguments.out
+        folder = path.with_name(f".{path.name}.parts")
         ready = parts.finished(folder)
-        if ready:
+        if ready and getattr(arguments.method, "in_parts", False):
             terminal.note(f"{ready} parts of an interrupted run lie in {folder}; those of this very run are used")
-        try:
-            found = parts.in_parts(arguments.method, view, passages, folder, contrast=contrast)
-        except KeyboardInterrupt:
+    try:
+        found: Localization = localize(arguments.method, view, ours, contrast=contrast, folder=folder)
+    except KeyboardInterrupt:
+        if folder is not None and parts.finished(folder):
             complain(
                 f"{parts.finished(folder)} finished parts are kept in {folder}; the same command goes on from there"
             )
-            raise
-    found.save(path)
-    parts.discard(folder)
+        raise
+    if arguments.shard is not None:
+        found = marked(found, arguments.shard, passages)
+    if path is not None and folder is not None:
+        if not processes.rank():
+            found.save(path)
+        processes.exchange(None)  # parts may go once the whole is safe
+        parts.discard(folder)
     return found

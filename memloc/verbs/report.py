@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from memloc import store
-from memloc.command import common, need_passages, out
+from memloc.command import common, need_passages, out, read_facts, read_passages
 from memloc.errors import InputError
 from memloc.terminal import Terminal
 
@@ -32,7 +32,7 @@ def flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", help="with --edited and --passages: show what both models say after each prefix")
     parser.add_argument("--edited", help="the edited checkpoint")
     parser.add_argument("--show-text", action="store_true", help="print the passages themselves (by default redacted)")
-    common(parser, "passages", "prefix", "suffix")
+    common(parser, "passages", "facts", "prefix", "suffix")
     out(parser, "folder for report.html, report.json and report.md", required=True)
 
 
@@ -83,13 +83,15 @@ def _comparison(words: list[str], make: Any) -> Any:
 
 
 def spelled(arguments: argparse.Namespace) -> tuple[dict[str, tuple[str, ...]] | None, dict[str, int] | None]:
-    """Tokens and prefix lengths of the passages named, by id; None where model or passages are not named."""
-    if arguments.passages is None or arguments.model is None:
+    """Tokens and prefix lengths of the passages and facts named, by id; None where neither, or no model, is named."""
+    if arguments.model is None or (arguments.passages is None and arguments.facts is None):
         return None, None
     from memloc.view import ModelView
 
     view = ModelView.open(arguments.model)
-    passages = need_passages(arguments.passages, view, arguments)
+    facts = read_facts(arguments.facts, view)
+    passages = [*(read_passages(arguments.passages, view, arguments) or ())]
+    passages += [] if facts is None else facts.as_passages("true", paraphrases=True)
     return {item.id: view.spell(item.ids) for item in passages}, {item.id: len(item.prefix) for item in passages}
 
 

@@ -23,14 +23,14 @@ def flags(parser: argparse.ArgumentParser) -> None:
     """Add its flags."""
     parser.add_argument("file", type=Path, help="a localization, a selection, an edit or a measurement")
     parser.add_argument(
-        "--model", help="with --passages: spell the tokens of maps of positions; with --names nnsight: whose paths"
+        "--model", help="with --passages or --facts: spell the tokens of maps; with --names nnsight: whose paths"
     )
     parser.add_argument(
         "--names",
         choices=("transformer-lens", "nnsight"),
         help="print the best or chosen places in that library's words",
     )
-    common(parser, "passages", "prefix", "suffix")
+    common(parser, "passages", "facts", "prefix", "suffix")
     parser.add_argument("--show-text", action="store_true", help="print the passages themselves (by default redacted)")
     out(parser, "folder for a page that draws a localization")
     parser.add_argument("--top", type=int, default=20, help="rows to print (default: 20)")

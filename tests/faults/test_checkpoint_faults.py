@@ -202,7 +202,7 @@ def test_a_full_disk_leaves_nothing(here, monkeypatch, place, folder):
     refuse(here, folder, "out cannot be written: the disk is full; nothing was changed", TargetError)
 
 
-@pytest.mark.parametrize("place", ["_copy", "_put", "_record"])
+@pytest.mark.parametrize("place", ["_copy", "_put", "record_of"])
 def test_an_interrupt_leaves_nothing(here, monkeypatch, place):
     before = contents(here)
 

@@ -20,7 +20,7 @@ from memloc.sites import OUTSIDE, Kind, Site
 from memloc.view import ModelView
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-every_family = pytest.mark.parametrize("family", zoo.FAMILIES)
+every_family = pytest.mark.parametrize("family", tuple(zoo.CONFIGS))
 
 
 def batch_of(view, count=3):
@@ -28,7 +28,10 @@ def batch_of(view, count=3):
 
 
 def test_the_zoo_has_every_model_type_of_the_table():
-    assert set(zoo.FAMILIES) == {name for row in architectures.ROWS for name in row.model_types}
+    served = {settings[0].model_type for settings in zoo.CONFIGS.values()}
+    assert served == {name for row in architectures.ROWS for name in row.model_types}
+    rows = [architectures.row_for(zoo.build(family).config) for family in zoo.CONFIGS]
+    assert all(row in rows for row in architectures.ROWS)
 
 
 @every_family
@@ -48,7 +51,7 @@ WRONG = {
     ),
     "fused layout": (
         "gpt_neox",
-        {"fused": Fused("attention.query_key_value", "qkv")},
+        {"fused": (Fused("attention.query_key_value", "qkv"),)},
         r"^L0\.attn\.v: values at position 0 differs? by .* check the fused layout",
     ),
     "final norm": (
@@ -81,27 +84,29 @@ def test_swapped_maps_fail_and_say_where():
 def test_weights_are_out_in_and_share_memory_where_they_are_contiguous(family, view_of):
     view = view_of(family)
     inner, heads = view.heads * view.head_width, view.kv_heads * view.head_width
+    neurons = 96 if family == "bloom" else 37  # Four times the width, whatever is asked for.
     expected = {
         Kind.ATTN_Q: (inner, view.width), Kind.ATTN_K: (heads, view.width), Kind.ATTN_V: (heads, view.width),
-        Kind.ATTN_OUT: (view.width, inner), Kind.MLP_GATE: (37, view.width), Kind.MLP_IN: (37, view.width),
-        Kind.MLP_OUT: (view.width, 37),
+        Kind.ATTN_OUT: (view.width, inner), Kind.MLP_GATE: (neurons, view.width), Kind.MLP_IN: (neurons, view.width),
+        Kind.MLP_OUT: (view.width, neurons),
     }  # fmt: skip
     for site in view.sites(*view.kinds):
         weight, stored = view.weight(site), view.parameter(site)
         assert tuple(weight.shape) == expected[site.kind], site
         shared = weight.untyped_storage().data_ptr() == stored.untyped_storage().data_ptr()
-        # Query, key and value of GPT-NeoX are interleaved head by head: only a copy can hold one of them.
+        # Query, key and value of some families are interleaved head by head: only a copy can hold one of them.
         assert shared == (not isinstance(view.place(site).rows, tuple)), site
 
 
 def test_fused_rows_do_not_overlap_and_leave_nothing_out(view_of):
-    for family in ("gpt2", "gpt_neox"):
+    for family in zoo.CONFIGS:
         view = view_of(family)
-        rows = [
-            torch.arange(3 * view.width)[list(place.rows) if isinstance(place.rows, tuple) else place.rows]
-            for place in (view.place(Site(1, kind)) for kind in (Kind.ATTN_Q, Kind.ATTN_K, Kind.ATTN_V))
-        ]
-        assert torch.equal(torch.cat(rows).sort().values, torch.arange(3 * view.width))
+        for fused in view.row.fused:
+            places = [view.place(Site(1, kind)) for kind in fused.kinds]
+            stored = view.model.get_parameter(places[0].parameter)
+            every = torch.arange(stored.shape[1 if places[0].transposed else 0])
+            rows = [every[list(place.rows) if isinstance(place.rows, tuple) else place.rows] for place in places]
+            assert torch.equal(torch.cat(rows).sort().values, every), family
 
 
 @every_family
@@ -124,7 +129,8 @@ def test_replacing_with_the_same_changes_nothing_and_with_another_is_undone(fami
         clean = view.logits(batch)
         with view.replace([site], lambda _, tensor: tensor.clone()):
             assert_close(view.logits(batch), clean)
-        with view.replace([site], lambda _, tensor: 3 * tensor):
+        # Not a multiple: a norm behind the map would take it away.
+        with view.replace([site], lambda _, tensor: tensor.roll(1, -1)):
             changed = view.logits(batch)
         assert float((changed - clean).abs().max()) > 1e-3
         assert_close(view.logits(batch), clean)
@@ -138,8 +144,8 @@ def test_hooks_are_gone_after_an_error(view_of):
 
 @every_family
 def test_the_recorded_gradient_is_the_slope_of_the_loss(family, view_of):
-    """Central difference along a random direction. Only two families are float64 throughout: GPT-Neo's attention and
-    the norms of the Llama shape are float32 in every dtype, which a small step would magnify."""
+    """Central difference along a random direction. Few families are float64 throughout: the attention of some and the
+    norms of the Llama shape are float32 in every dtype, which a small step would magnify."""
     view, site = view_of(family, torch.float64), Site(0, Kind.MLP_OUT)
     batch = batch_of(view)
     with view.frozen(), view.record([site], grad=True) as seen:
@@ -151,7 +157,8 @@ def test_the_recorded_gradient_is_the_slope_of_the_loss(family, view_of):
         with torch.no_grad(), view.replace([site], lambda _, tensor: tensor + step * direction):
             return suffix_nll(view, batch).mean()
 
-    step, tolerance = (1e-5, 1e-6) if family in ("gpt2", "gpt_neox") else (1e-3, 1e-3)
+    exact = ("gpt2", "gpt_neox", "opt", "phi", "falcon", "falcon_new", "falcon_rw")
+    step, tolerance = (1e-5, 1e-6) if family in exact else (1e-3, 1e-3)
     found = (loss(step) - loss(-step)) / (2 * step)
     assert_close(found, (slope * direction).sum(), rtol=tolerance, atol=1e-7)
 
@@ -226,18 +233,6 @@ def test_frozen_and_trainable_leave_flags_as_they_were(view_of):
 def test_tied_embeddings_are_named(view_of):
     assert view_of("gpt2").tied("transformer.wte.weight") == ("lm_head.weight",)
     assert view_of("gpt_neox").tied("gpt_neox.embed_in.weight") == ()
-
-
-def test_an_unknown_family_is_refused_with_the_file_to_edit():
-    import transformers
-
-    model = transformers.OPTForCausalLM(
-        transformers.OPTConfig(
-            vocab_size=11, hidden_size=8, ffn_dim=12, num_hidden_layers=1, num_attention_heads=2, word_embed_proj_dim=8
-        )
-    )
-    with pytest.raises(ModelError, match=r"no row for the model type 'opt' .*memloc/architectures\.py"):
-        ModelView.open(model)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])

@@ -24,7 +24,7 @@ from format_samples import (
     WIKIBIO,
     ZSRE,
     ripple,
-)  # fmt: skip
+)
 from tiny_tokenizers import byte_level
 
 from memloc.errors import InputError
@@ -36,7 +36,8 @@ from memloc.passages import Facts, Passages
 SAMPLES = {
     "counterfact": CASE, "zsre": ZSRE, "knowedit": KNOWEDIT, "knowedit-wikibio": WIKIBIO, "mquake": MQUAKE,
     "rippleedits": ripple(), "pararel": BAG, "lama": LAMA, "known": KNOWN, "question-answer": TOFU,
-    "muse-verbmem": VERBMEM, "mempi": MEMPI, "facts": OWN_FACT, "definitions": {"definition": "A cat is a dog."},
+    "muse-verbmem": VERBMEM, "mempi": MEMPI, "facts": OWN_FACT, "wikimia": {"input": "the cat sat", "label": 1},
+    "definitions": {"definition": "A cat is a dog."},
     "passages": {"id": "a", "text": "the cat sat on the mat"}, "texts": "the cat sat on the mat",
     "tokens": {"index": 5, "tokens": list(range(64))}, "completions": {"prompt": "the cat", "completion": "sat"},
     "copybench": {"id": 1, "title": "t", "input": "the cat", "reference": "sat", "output": "x"},
@@ -174,7 +175,9 @@ def test_sentences_that_do_not_end_in_their_slot_are_left_out_and_counted(tmp_pa
 
 def test_pararel_pairs_need_their_patterns(tmp_path):
     file = as_lines(tmp_path / "P1.jsonl", PAIR)
-    with pytest.raises(InputError, match=r"line 1: .*give the relation's patterns: --patterns FILE"):
+    with pytest.raises(
+        InputError, match=r"P1\.jsonl: .*give the relation's patterns: `memloc convert --patterns FILE`"
+    ):
         only(file)
     (fact,) = only(file, Settings(patterns=as_lines(tmp_path / "patterns", *PATTERNS)))
     assert (fact["prompt"], fact["paraphrases"]) == ("{} lives in", ["The home of {} is"])

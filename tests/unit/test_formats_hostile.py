@@ -66,8 +66,27 @@ def test_a_tensor_file_that_holds_something_else_is_refused(tmp_path, held):
     mark = tmp_path / "mark"
     values = {"bomb": Bomb(mark), "module": torch.nn.Linear(2, 3), "list": [torch.ones(2, 3).long()]}
     torch.save(values[held], tmp_path / "x.pt")
-    refuses(tmp_path / "x.pt", "found list, expected one tensor" if held == "list" else "not a plain tensor")
+    refuses(tmp_path / "x.pt", "found list, expected one tensor" if held == "list" else "not a plain tensor .*it names")
     assert not mark.exists()
+
+
+@pytest.mark.parametrize(
+    ("raw", "says"),
+    [
+        (b"\x80\x02cposix\nmkdir\n(X\x04\x00\x00\x00marktR.", "it names posix mkdir"),
+        (b"\x80\x04\x8c\x05posix\x8c\x05mkdir\x93.", "its pickle has STACK_GLOBAL"),
+        (b"\x80\x02c__builtin__\nbytearray\n(J\xff\xff\xff\x7ftR.", "it names __builtin__ bytearray"),
+        (b"\x80\x02\xff\xff", "cannot be read"),
+        (b"", "cannot be read"),
+    ],
+)
+def test_a_tensors_pickle_names_nothing_but_tensors(tmp_path, raw, says, monkeypatch):
+    """Listed before torch's own restricted loader sees it, which would make two gigabytes of bytes when asked to."""
+    monkeypatch.chdir(tmp_path)
+    with zipfile.ZipFile(tmp_path / "x.pt", "w") as archive:
+        archive.writestr("x/data.pkl", raw)
+    refuses(tmp_path / "x.pt", says)
+    assert not (tmp_path / "mark").exists()
 
 
 def test_a_tensor_file_of_the_old_kind_is_refused(tmp_path):

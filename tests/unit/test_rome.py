@@ -76,7 +76,7 @@ def says(view, fact):
 # -- the whole editor --------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("family", zoo.FAMILIES)
+@pytest.mark.parametrize("family", (*zoo.FAMILIES, "falcon_new", "opt"))
 def test_the_target_becomes_the_likeliest_answer_in_every_family(family, tmp_path):
     view = open_view(family, with_start())
     facts = read(tmp_path, view)[:2]
