@@ -33,7 +33,8 @@ def opened(family: str) -> tuple[ModelView, ModelView]:
 
 
 def batch_of(view: ModelView):
-    return next(iter(view.batches(zoo.passages())))
+    # Of one length: what stands at padding is nobody's, and differs with the mask given.
+    return next(iter(view.batches(zoo.passages(ragged=False))))
 
 
 @pytest.mark.parametrize("family", zoo.FAMILIES)
@@ -155,7 +156,7 @@ def test_a_hosted_model_is_read_by_the_path_that_is_sent(tiny_lab):
         warnings.simplefilter("ignore")
         model = tracing.library().TransformersModel(str(tiny_lab), task="text-generation", dispatch=True)
         plain = ModelView.open(tiny_lab)
-        batch = next(iter(plain.batches(zoo.passages(2))))
+        batch = batch_of(plain)
         sites = plain.sites(Kind.MLP_OUT, Kind.ATTN_OUT)
         with torch.no_grad(), plain.record(sites) as wanted:
             logits = plain.logits(batch)
