@@ -25,7 +25,7 @@ from editors.edit_file import from_file, to_file
 from editors.packing import pack_repair
 from editors.patch import DTYPES, Survival, add_to, dtype_name, empty_repair, take_from, weight_shape
 from editors.rounding import Rounding
-from memloc import store
+from memloc import slices, store
 from memloc.errors import ArtifactError, InputError, MismatchError, ModelError
 from memloc.lazy import method
 from memloc.provenance import Provenance, digest_json, digest_tensor
@@ -211,8 +211,13 @@ class Edit:
 
         Raises:
             MismatchError: the weights are not those the edit was made for; the message names the site.
-            ModelError: quantised, offloaded, tied, or not finite.
+            ModelError: quantised, offloaded, in slices, tied, or not finite.
         """
+        for site in self.touched:
+            if slices.sliced(view.parameter(site)):
+                raise ModelError(
+                    f"{site} lies in slices on several processes; save the edit and write a checkpoint with `memloc apply`"
+                )
         edit = self if self.reversible else self.rebased(view)
         results: dict[str, Tensor] = {}
         for parameter, sites in edit.parameters.items():
@@ -422,7 +427,7 @@ def _bind(view: ModelView, site: Site) -> Touched:
 def _copy(view: ModelView, site: Site) -> Tensor:
     """The stored parameter of `site`, copied to the CPU; checked to be one that can be edited."""
     _bind(view, site)
-    return view.parameter(site).detach().to("cpu", copy=True).contiguous()
+    return slices.whole(view.parameter(site).detach()).to("cpu", copy=True).contiguous()
 
 
 def _found(stored: Tensor) -> Found:
