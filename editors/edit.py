@@ -216,7 +216,7 @@ class Edit:
         for site in self.touched:
             if slices.sliced(view.parameter(site)):
                 raise ModelError(
-                    f"{site} lies in slices on several processes; save the edit and write a checkpoint with `memloc apply`"
+                    f"{site} lies in slices on several processes; save the edit, then `memloc apply` it to the checkpoint"
                 )
         edit = self if self.reversible else self.rebased(view)
         results: dict[str, Tensor] = {}

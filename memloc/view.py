@@ -53,6 +53,9 @@ class ModelView:
 
     def __init__(self, model: Any, row: Row, tokenizer: Any = None, name: str = "") -> None:
         self.model: Any = model.eval()
+        if slices.fully_sharded(model):
+            # Also the outermost weights go back into slices after a forward, where they are looked for.
+            model.set_reshard_after_forward(True, recurse=False)
         self.engine: Engine = PlainHooks()
         self.row = row
         self.tokenizer = tokenizer
@@ -258,6 +261,12 @@ class ModelView:
 
     def hidden(self, batch: Batch) -> Tensor:
         """The residual stream after the final norm, `[n, t, d]`; the unembedding is not run."""
+        if slices.fully_sharded(self.model):
+            # Only the whole may be called; its norm is done here, for its weights are gone when a gradient comes back.
+            entering = {"norm": hooks.Point(self._module(self.row.final_norm), "input")}
+            with hooks.record(entering, grad=torch.is_grad_enabled()) as seen:
+                self.model(**self._inputs(batch))
+            return self.final_norm(seen["norm"])
         found: Tensor = self.engine.run(self._base(), self._inputs(batch)).last_hidden_state
         return found
 

@@ -91,7 +91,7 @@ def refuse_to_be_written(view: ModelView, plain: ModelView) -> None:
     try:
         edit.apply(view)
     except ModelError as error:
-        assert "lies in slices on several processes; save the edit" in str(error)
+        assert "lies in slices on several processes; save the edit, then" in str(error)
     else:
         raise AssertionError("the edit was written")
     assert view.digest == before

@@ -104,7 +104,7 @@ def test_moments_of_two_processes_are_those_of_one(of_one, of_two, what):
 def files(tmp_path_factory):
     folder = tmp_path_factory.mktemp("files")
     zoo.build("llama", dtype=torch.float64).save_pretrained(folder / "model")
-    records = [{"id": item.id, "prefix": item.prefix, "suffix": item.suffix} for item in zoo.passages(5)]
+    records = [{"id": item.id, "prefix_ids": item.prefix, "suffix_ids": item.suffix} for item in zoo.passages(5)]
     (folder / "passages.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
     return folder
 
@@ -222,7 +222,10 @@ def test_what_does_not_belong_together_is_not_merged(view):
         r"shard 2/2 is missing": [first],
         r"shard 1/2 is given 2 times": [first, first, second],
         r"some of these are shards and some are not": [first, plain[1]],
-        r"shards of different passages, or of different counts": [first, shards(view, GradActivation(), passages, 3)[1]],
+        r"shards of different passages, or of different counts": [
+            first,
+            shards(view, GradActivation(), passages, 3)[1],
+        ],
         r"part 2 has another model than part 1": [plain[0], GradActivation()(other, passages[2:])],
         r"part 2 has another method than part 1": [plain[0], Activation()(view, passages[2:])],
         r"part 2 has another grain than part 1": [plain[0], GradActivation(grain="head")(view, passages[2:])],

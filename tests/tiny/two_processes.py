@@ -19,7 +19,9 @@ from memloc.view import ModelView
 TEXT = zoo.passages(7, seed=5)
 PASSAGES = zoo.passages(5)
 CONTRAST = zoo.passages(3, seed=8)
-NAMES = sorted({*LOCALIZERS, "weight-gradient per passage", "prefix-perturbation exact", "activation-patching position"})
+NAMES = sorted(
+    {*LOCALIZERS, "weight-gradient per passage", "prefix-perturbation exact", "activation-patching position"}
+)
 
 
 def view() -> ModelView:
