@@ -91,8 +91,8 @@ after["targets"].with_control(before["controls"])
 # ## What was found
 #
 # Shares of passages recited word for word. Compare the last two lines. With so many weights to change, random ones
-# forget the targets as well: here the choice of weights shows in the other passages, if anywhere. Try a fraction of
-# 0.002: then it decides whether the targets go, at the cost of the others.
+# forget the targets as well: if the choice of weights bought anything here, it shows in the other passages. Try a
+# fraction of 0.002, larger and fewer steps (`lr=5e-3, steps=20`), and look at both lines again.
 
 # %%
 for name, state in (("before", before), ("after", after), ("random control", random)):

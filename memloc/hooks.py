@@ -303,5 +303,8 @@ def rank_calls(modules: Iterable[nn.Module]) -> Iterator[dict[tuple[int, Side], 
 
 
 def count_hooks(modules: Iterable[nn.Module]) -> int:
-    """How many forward hooks there are on `modules`, anybody's."""
-    return sum(len(module._forward_hooks) + len(module._forward_pre_hooks) for module in modules)
+    """How many hooks of this file there are on `modules` (transformers keeps some of its own there)."""
+    there = [
+        hook for module in modules for hook in (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
+    ]
+    return sum(getattr(hook, "__module__", None) == __name__ for hook in there)

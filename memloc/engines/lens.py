@@ -78,7 +78,7 @@ class BridgeEngine:
         self.bridge = bridge
         self._paths = {id(module): path for path, module in model.named_modules()}
         self._modules = list(model.modules())
-        self._components = dict(_components(bridge.original_model))
+        self._components = _components(bridge.original_model)
         self._copied = dict(_copied(bridge.original_model, model))
         self.runs = 0
         self._own = 0
@@ -161,11 +161,16 @@ class BridgeEngine:
         return remove
 
 
-def _components(tree: nn.Module) -> Iterator[tuple[int, nn.Module]]:
-    """The bridge's component around each plain module, by the plain module's id; the innermost where several are."""
+def _components(tree: nn.Module) -> dict[int, nn.Module]:
+    """The bridge's component around each plain module, by the plain module's id.
+
+    The outermost where several are: OPT's block is its own MLP's module too.
+    """
+    found: dict[int, nn.Module] = {}
     for module in tree.modules():
         if inside(module, "") is not module:
-            yield id(inside(module, "")), module
+            found.setdefault(id(inside(module, "")), module)
+    return found
 
 
 def _copied(tree: nn.Module, model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:

@@ -50,6 +50,7 @@ def _same(plain: ModelView, other: ModelView, batch: Batch) -> None:
         away = float((mine.double() - theirs.double()).abs().max())
         if not away <= TOLERANCE.get(plain.dtype, 1e-4) * max(largest, 1e-6):
             raise ModelError(
-                f"{name}: {other.engine.name} and plain hooks differ by {away:.2g} on the same parameters; a bridge "
-                "keeps copies of fused query, key and value maps, so an edit of one side misses the other: open anew"
+                f"{name}: {other.engine.name} and plain hooks differ by {away:.2g} on the same parameters; one "
+                "side of a fused map was edited, of which bridges keep copies (build the bridge anew), or "
+                "TransformerLens runs this family otherwise (give the transformers model, engine hooks)"
             )

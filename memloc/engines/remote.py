@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from memloc import hooks
@@ -62,7 +63,7 @@ def record(
     names = [NnsightNames(row).name(site, side) for site in ordered]
     paths = [name.rpartition(".")[0].replace("[", ".").replace("]", "") for name in names]
     save = tracing.library().save
-    inputs = {"input_ids": batch.ids, "attention_mask": batch.mask.long(), "use_cache": False}
+    inputs = {"input_ids": batch.ids, "attention_mask": torch.ones_like(batch.ids), "use_cache": False}
     entering = side == "input"
     with model.trace(remote=remote, **inputs):
         envoys = [model.get(path) for path in paths]

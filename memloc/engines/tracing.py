@@ -115,18 +115,15 @@ class TraceEngine:
 
     def run(self, module: nn.Module, inputs: Mapping[str, Any]) -> Any:
         """In one trace. What a visitor raises comes out as it was raised."""
-        wanted: Any = None if module is self._model else self._envoys[id(module)]
         stops = self._stops()
         kept: dict[str, Any] = {}
-        traced, tokens = self.traced, tuple(inputs["input_ids"].shape)
+        # The base is traced by itself: some families' whole model runs past its base.
+        traced, tokens = self._envoys[id(module)], tuple(inputs["input_ids"].shape)
         # nnsight reads the body from this file's source and runs it beside the model: places in order of execution.
         with self._alone(), traced.trace(**inputs) as tracer:
             raised = _visit(stops, tokens)
             if raised is not None:
                 kept["raised"] = raised
-                tracer.stop()
-            elif wanted is not None:
-                kept["result"] = wanted.output
                 tracer.stop()
             else:
                 kept["result"] = traced.output

@@ -118,7 +118,8 @@ def test_an_edit_on_one_side_of_a_fused_map_is_noticed(family):
         with torch.no_grad():
             lens.inside(bridge.original_model, f"{path}.query_key_value").weight.mul_(1.5)
         with pytest.raises(
-            ModelError, match=r"L1\.attn\.out: transformer-lens and plain hooks differ by .*copies of fused"
+            ModelError,
+            match=r"L1\.attn\.out: transformer-lens and plain hooks differ by .*one side of a fused map was edited",
         ):
             ModelView.open(bridge, engine=engine)
         bridge, _ = handed(family)

@@ -10,7 +10,8 @@ from editors.deltas import LowRank
 from editors.edit import Edit
 from memloc.lazy import resolve
 from memloc.measurement import Figure, Measurement
-from memloc.notebook import html, plain, table
+from memloc.notebook import html, plain
+from memloc.notebook.markup import table
 from memloc.passages import Fact, Facts, Neighbor, Passage, Passages, Prompt
 from memloc.provenance import Provenance
 from memloc.report import Comparison, Condition, Report

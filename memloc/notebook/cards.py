@@ -1,20 +1,14 @@
-"""How memloc's types look: a card of HTML for notebooks, the same card's first line for a terminal.
-
-A card is small and stands alone: no script, no outside reference, colours that read on a light and on a dark page. It
-never holds the text of a passage or of a fact, nor their tokens: ids, lengths and digests only, as in a report.
-"""
+"""What is shown of each type: one function a type, and the words they share."""
 
 from __future__ import annotations
 
-import html as escaping
 import math
-import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from memloc import plots
-from memloc.provenance import digest_json
+from memloc.notebook.markup import facts_list, picture, quiet, table, text
 from memloc.report.comparison import figure_cell
 from memloc.report.texts import guarded
 from memloc.report.wording import cell, interval, label, number, scalar, short
@@ -22,8 +16,6 @@ from memloc.results.profiles import chosen_by_layer, layer_profile
 from memloc.sites import OUTSIDE, Kind, Site
 
 if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-
     from memloc.measurement import Measurement
     from memloc.passages import Fact, Facts, Passage, Passages
     from memloc.report import Report
@@ -32,19 +24,6 @@ if TYPE_CHECKING:
 
 ROWS = 8
 """Rows of a table before it ends in "and more"."""
-
-_COLOURS = {
-    "--ink": "currentColor", "--muted": "#858d96", "--rule": "rgba(133,141,150,.3)", "--paper": "#fff",
-    "--series-0": "#4483cc", "--series-1": "#d67a2f", "--series-2": "#6a9f43", "--series-3": "#9d70bd",
-    "--series-4": "#cc5468",
-}  # fmt: skip
-"""Mid-tones: at least 3 : 1 against white and against the dark pages of notebooks. Text takes the page's own colour."""
-
-_CARD = "max-width:46em;margin:.3em 0;padding:.5em .8em;border:1px solid var(--rule);border-radius:4px;line-height:1.4"
-_NUMBERS = "0123456789−—"
-"""What a number begins with; so does an empty cell, for the empty text is in every text."""
-
-_CELL = "padding:.1em 1em .1em 0;border:0;background:none;vertical-align:top"
 
 
 @dataclass(frozen=True)
@@ -60,87 +39,6 @@ class Card:
     title: str
     line: str
     body: Callable[[], Iterable[str]]
-
-
-def html(thing: Any) -> str:
-    """The card of one of memloc's types, as HTML. Cost: milliseconds, and about 0.1 s where there is a picture."""
-    card = _card(thing)
-    head = f"<div><b>{text(card.title)}</b> {text(card.line)}</div>"
-    return f'<div style="{_colours()};{_CARD}">{head}{"".join(card.body())}</div>'
-
-
-def plain(thing: Any) -> str:
-    """One line, for terminals and tracebacks."""
-    card = _card(thing)
-    return f"<{card.title}: {card.line}>"
-
-
-def text(value: Any) -> str:
-    """A value as HTML text."""
-    return escaping.escape(str(value), quote=True)
-
-
-def facts_list(pairs: Iterable[tuple[str, str]]) -> str:
-    """Names and values, one line each; pairs without a value are left out."""
-    return table((), [(name, value) for name, value in pairs if value])
-
-
-def table(columns: Sequence[str], rows: Sequence[Sequence[str]], *, of: int | None = None) -> str:
-    """A table, columns of numbers to the right; `of` rows in truth, of which these are shown."""
-    if not rows:
-        return ""
-    numeric = [bool(columns) and all(row[place][:1] in _NUMBERS for row in rows) for place in range(len(rows[0]))]
-    aligned = [f"{_CELL};text-align:{'right' if right else 'left'}" for right in numeric]
-    head = "".join(f'<th style="{style}">{text(name)}</th>' for name, style in zip(columns, aligned, strict=False))
-    lines = [
-        "".join(f'<td style="{style}">{text(entry)}</td>' for entry, style in zip(row, aligned, strict=True))
-        for row in rows
-    ]
-    body = "".join(f'<tr style="background:none">{line}</tr>' for line in ([head] if columns else []) + lines)
-    more = (of or 0) - len(rows)
-    rest = quiet(f"and {scalar(more)} more") if more > 0 else ""
-    style = "border-collapse:collapse;border:0;margin:.4em 0;font-size:92%"
-    return f'<table style="{style}">{body}</table>{rest}'
-
-
-def quiet(sentence: str) -> str:
-    """A remark."""
-    return f'<div style="opacity:.7;font-size:92%">{text(sentence)}</div>'
-
-
-def picture(draw: Callable[[Axes], None], caption: str, *, width: float = 5.6, height: float = 1.9) -> str:
-    """A drawing and what it shows; two drawings on one page share no id unless they are equal."""
-    drawn = plots.svg(draw, name="drawing", width=width, height=height)
-    drawn = drawn.replace("drawing-", f"m{digest_json(drawn)[:12]}-")
-    # matplotlib's own style sheet would speak to every drawing of the notebook.
-    drawn = re.sub(r"<style.*?</style>", "", drawn, flags=re.DOTALL)
-    how = f"max-width:{6.4 * width:.0f}em;stroke-linejoin:round;stroke-linecap:butt"
-    drawn = drawn.replace("<svg", f'<svg role="img" aria-label="{text(caption)}" style="{how}"', 1)
-    return f"<div>{drawn}</div>{quiet(caption)}"
-
-
-@dataclass(frozen=True)
-class Drawing:
-    """Any function that draws on an axis, as something a notebook shows: `Drawing(lambda ax: plots.curve(ax, …))`.
-
-    Attributes:
-        draw: called with an empty axis.
-        caption: what it shows.
-        width: in inches.
-        height: in inches.
-    """
-
-    draw: Callable[[Axes], None]
-    caption: str
-    width: float = 5.6
-    height: float = 2.6
-
-    def _repr_html_(self) -> str:
-        drawn = picture(self.draw, self.caption, width=self.width, height=self.height)
-        return f'<div style="{_colours()}">{drawn}</div>'
-
-
-# -- one function a type ----------------------------------------------------------------------------------------------
 
 
 def _view(view: ModelView) -> Card:
@@ -310,13 +208,10 @@ _CARDS: Mapping[str, Callable[[Any], Card]] = {
 }  # fmt: skip
 
 
-def _card(thing: Any) -> Card:
+def card_of(thing: Any) -> Card:
+    """The card of one of memloc's types."""
     name = next(entry.__name__ for entry in type(thing).__mro__ if entry.__name__ in _CARDS)
     return _CARDS[name](thing)
-
-
-def _colours() -> str:
-    return ";".join(f"{name}:{value}" for name, value in _COLOURS.items())
 
 
 # -- small words ------------------------------------------------------------------------------------------------------
