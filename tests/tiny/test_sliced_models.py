@@ -59,7 +59,5 @@ def test_an_offloaded_model_is_sent_to_its_file():
 
     model = zoo.build("gpt2")
     model.transformer.h[1].mlp.to("meta")
-    with pytest.raises(
-        ModelError, match=r"is offloaded \(on the meta.*edit its checkpoint with `memloc apply`"
-    ):
+    with pytest.raises(ModelError, match=r"is offloaded \(on the meta.*edit its checkpoint with `memloc apply`"):
         ModelView.open(model)
