@@ -215,9 +215,7 @@ class Edit:
         """
         for site in self.touched:
             if slices.sliced(view.parameter(site)):
-                raise ModelError(
-                    f"{site} lies in slices on several processes; save the edit and write a checkpoint with `memloc apply`"
-                )
+                raise ModelError(f"{site} lies in slices on several processes; save the edit, then use `memloc apply`")
         edit = self if self.reversible else self.rebased(view)
         results: dict[str, Tensor] = {}
         for parameter, sites in edit.parameters.items():

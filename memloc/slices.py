@@ -21,19 +21,26 @@ def sliced(tensor: Any) -> bool:
 
 def whole(tensor: Tensor) -> Tensor:
     """All of a tensor. Where it lies in slices this is a copy, and every process must ask."""
-    found: Tensor = tensor.full_tensor() if sliced(tensor) else tensor  # type: ignore[operator]
+    handle: Any = tensor
+    found: Tensor = handle.full_tensor() if sliced(tensor) else tensor
     return found
 
 
 def here(tensor: Tensor) -> Tensor:
     """What of a tensor lies in this process."""
-    found: Tensor = tensor.to_local() if sliced(tensor) else tensor  # type: ignore[operator]
+    handle: Any = tensor
+    found: Tensor = handle.to_local() if sliced(tensor) else tensor
     return found
+
+
+def fully_sharded(model: nn.Module) -> bool:
+    """Whether `model` gathers its weights as it runs (FSDP2); only the whole of it may be called then."""
+    return hasattr(model, "unshard") and hasattr(model, "set_reshard_after_forward")
 
 
 def call(model: nn.Module, module: nn.Module, argument: Tensor) -> Tensor:
     """`module(argument)`, also where `model` is fully sharded and `module` is not to be called by itself."""
-    if not hasattr(model, "unshard"):
+    if not fully_sharded(model):
         plain: Tensor = module(argument)
         return plain
     weights = {name: whole(parameter) for name, parameter in module.named_parameters()}
@@ -68,7 +75,7 @@ class Cut:
 
 def cut(module: nn.Module, side: Literal["input", "output"], tensor: Tensor) -> Cut | None:
     """How `tensor`, which enters or leaves the linear map `module`, is cut; None where it is whole."""
-    weight = getattr(module, "weight", None)
+    weight: Any = getattr(module, "weight", None)
     if not isinstance(module, nn.Linear) or not sliced(weight):
         return None
     axis = 1 if side == "input" else 0
@@ -93,7 +100,8 @@ def _gathered(part: Tensor, cut: Cut) -> Tensor:
 
 
 def _own(joined: Tensor, cut: Cut) -> Tensor:
-    return joined.split(cut.sizes, -1)[cut.rank].contiguous()
+    start = sum(cut.sizes[: cut.rank])
+    return joined.narrow(-1, start, cut.sizes[cut.rank]).contiguous()
 
 
 class _Join(torch.autograd.Function):
@@ -103,7 +111,7 @@ class _Join(torch.autograd.Function):
         return _gathered(part, cut)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
         return _own(gradient, ctx.cut), None
 
 
@@ -114,5 +122,5 @@ class _Part(torch.autograd.Function):
         return _own(joined, cut)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
         return _gathered(gradient, ctx.cut), None

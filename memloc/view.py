@@ -53,6 +53,9 @@ class ModelView:
 
     def __init__(self, model: Any, row: Row, tokenizer: Any = None, name: str = "") -> None:
         self.model: Any = model.eval()
+        if slices.fully_sharded(model):
+            # Also the outermost weights go back into slices after a forward, where they are looked for.
+            model.set_reshard_after_forward(True, recurse=False)
         self.engine: Engine = PlainHooks()
         self.row = row
         self.tokenizer = tokenizer
@@ -234,7 +237,7 @@ class ModelView:
 
         The output of a query, key or value site of a fused map is the whole fused output.
         """
-        return hooks.record(self._points(sites, side), grad=grad, stop=stop, by=self.engine.visiting)
+        return hooks.record(self._points(sites, side), grad=grad, stop=stop and self._stops, by=self.engine.visiting)
 
     def replace(
         self, sites: Iterable[Site], change: Callable[[Site, Tensor], Tensor], *, side: hooks.Side = "input"
@@ -247,7 +250,7 @@ class ModelView:
     ) -> AbstractContextManager[dict[int, Tensor]]:
         """The residual stream after (or before) blocks: layer to `[n, t, d]`."""
         points = {layer: hooks.Point(self.block(layer), side) for layer in layers}
-        return hooks.record(points, grad=grad, stop=stop, by=self.engine.visiting)
+        return hooks.record(points, grad=grad, stop=stop and self._stops, by=self.engine.visiting)
 
     def replace_blocks(
         self, layers: Iterable[int], change: Callable[[int, Tensor], Tensor], *, side: hooks.Side = "output"
@@ -258,6 +261,12 @@ class ModelView:
 
     def hidden(self, batch: Batch) -> Tensor:
         """The residual stream after the final norm, `[n, t, d]`; the unembedding is not run."""
+        if slices.fully_sharded(self.model):
+            # Only the whole may be called; its norm is done here, for its weights are gone when a gradient comes back.
+            entering = {"norm": hooks.Point(self._module(self.row.final_norm), "input")}
+            with hooks.record(entering, grad=torch.is_grad_enabled()) as seen:
+                self.model(**self._inputs(batch))
+            return self.final_norm(seen["norm"])
         found: Tensor = self.engine.run(self._base(), self._inputs(batch)).last_hidden_state
         return found
 
@@ -392,6 +401,11 @@ class ModelView:
             where = f"the row of {self.row.family} names {path}, which {self.name} has not"
             raise ModelError(f"{where}; check memloc/architectures.py") from None
         return found
+
+    @property
+    def _stops(self) -> bool:
+        """Whether a forward pass may be left midway; a fully sharded model would keep weights it should give back."""
+        return not slices.fully_sharded(self.model)
 
     def _points(self, sites: Iterable[Site], side: hooks.Side) -> dict[Site, hooks.Point]:
         return {site: self.point(site, None, side) for site in sites}

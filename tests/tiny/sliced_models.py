@@ -22,6 +22,7 @@ from memloc.batches import pad
 from memloc.errors import ModelError
 from memloc.localizers.activation import Activation
 from memloc.localizers.grad_activation import GradActivation
+from memloc.moments import second_moments
 from memloc.provenance import Provenance
 from memloc.sites import Kind, Site
 from memloc.view import ModelView
@@ -74,10 +75,14 @@ def read_the_same(view: ModelView, plain: ModelView) -> None:
             same(found[site][0], tensor)
             same(found[site][1], gradient)
     same(doubled(view), doubled(plain))
-    passages = zoo.passages(3)
+    sites, text = view.sites(Kind.MLP_OUT, Kind.ATTN_OUT), zoo.passages(3)
+    sums = second_moments(view, text, sites[:2]).sums
+    for site, expected in second_moments(plain, text, sites[:2]).sums.items():
+        same(sums[site], expected)
+    assert view.digest == plain.digest
     for localizer in (Activation(), Activation(grain="head"), GradActivation(), GradActivation(grain="head")):
-        expected = localizer(plain, passages).scores
-        for site, scores in localizer(view, passages).scores.items():
+        expected = localizer(plain, text).scores
+        for site, scores in localizer(view, text).scores.items():
             torch.testing.assert_close(scores, expected[site], rtol=1e-5, atol=1e-7)
 
 
@@ -91,7 +96,7 @@ def refuse_to_be_written(view: ModelView, plain: ModelView) -> None:
     try:
         edit.apply(view)
     except ModelError as error:
-        assert "lies in slices on several processes; save the edit" in str(error)
+        assert "lies in slices on several processes; save the edit, then" in str(error)
     else:
         raise AssertionError("the edit was written")
     assert view.digest == before

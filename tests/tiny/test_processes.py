@@ -104,7 +104,7 @@ def test_moments_of_two_processes_are_those_of_one(of_one, of_two, what):
 def files(tmp_path_factory):
     folder = tmp_path_factory.mktemp("files")
     zoo.build("llama", dtype=torch.float64).save_pretrained(folder / "model")
-    records = [{"id": item.id, "prefix": item.prefix, "suffix": item.suffix} for item in zoo.passages(5)]
+    records = [{"id": item.id, "prefix_ids": item.prefix, "suffix_ids": item.suffix} for item in zoo.passages(5)]
     (folder / "passages.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
     return folder
 
