@@ -202,4 +202,4 @@ def verbs() -> tuple[Verb, ...]:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    processes.leave(main())

@@ -49,3 +49,4 @@ def main(folder: Path) -> None:
 
 if __name__ == "__main__":
     processes.run(lambda: main(Path(sys.argv[1])))
+    processes.leave(0)

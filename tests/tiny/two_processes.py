@@ -65,3 +65,4 @@ def work(folder: Path) -> None:
 
 if __name__ == "__main__":
     processes.run(lambda: work(Path(sys.argv[1])))
+    processes.leave(0)
