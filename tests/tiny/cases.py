@@ -8,6 +8,8 @@ function that makes one from the view and an empty folder.
 from __future__ import annotations
 
 import copy
+import shutil
+import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -45,15 +47,24 @@ Entry = Any | Callable[[ModelView, Path], Any]
 
 
 def before(view: ModelView, folder: Path) -> str:
-    """A checkpoint folder of the same shape: the model with the maps of its blocks at half size."""
+    """A checkpoint folder of the same shape: the model with the maps of its blocks at half size.
+
+    Whole or absent, so that several processes may ask for it at once.
+    """
+    found = folder / view.digest[:8] / "before"
+    found.parent.mkdir(exist_ok=True)
     earlier = copy.deepcopy(view.model)
     with torch.no_grad():
         for site in view.sites(*view.kinds):
             earlier.get_parameter(view.place(site).parameter).copy_(view.parameter(site) / 2)
-    (folder / "before").mkdir(exist_ok=True)
-    earlier.config.save_pretrained(folder / "before")
-    save_model(earlier, str(folder / "before" / "model.safetensors"))
-    return str(folder / "before")
+    part = Path(tempfile.mkdtemp(dir=folder))
+    earlier.config.save_pretrained(part)
+    save_model(earlier, str(part / "model.safetensors"))
+    try:
+        part.rename(found)
+    except OSError:  # another process was first
+        shutil.rmtree(part)
+    return str(found)
 
 
 def rewinding(**settings: Any) -> Callable[[ModelView, Path], Any]:
