@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Protocol
 
 from memloc.errors import InputError
 from memloc.passages import Facts, Passages
+from memloc.provenance import digest_bytes
 from memloc.scores import Selection
 from memloc.view import ModelView
 
@@ -23,6 +24,8 @@ class Request:
         retain: passages to keep.
         text: ordinary text to keep, as windows (`Passages.from_texts`); also what statistics are taken from.
         facts: facts to change.
+        keep_facts: facts the model should go on saying.
+        past: edits the model holds already, which the next one should not undo.
         selection: which places may change (from any localizer).
         seed: of everything random in the edit.
     """
@@ -31,13 +34,21 @@ class Request:
     retain: Passages | None = None
     text: Passages | None = None
     facts: Facts | None = None
+    keep_facts: Facts | None = None
+    past: tuple[Edit, ...] = ()
     selection: Selection | None = None
     seed: int = 0
 
     def inputs(self, view: ModelView) -> dict[str, str]:
         """Digests of the model and of everything given, for an edit's provenance."""
-        given = {"forget": self.forget, "retain": self.retain, "text": self.text, "facts": self.facts}
-        return {"model": view.digest, **{name: data.digest for name, data in given.items() if data is not None}}
+        given = {
+            "forget": self.forget, "retain": self.retain, "text": self.text, "facts": self.facts,
+            "keep_facts": self.keep_facts,
+        }  # fmt: skip
+        found = {name: data.digest for name, data in given.items() if data is not None}
+        if self.past:
+            found["past"] = digest_bytes(*(edit.digest.encode() for edit in self.past))
+        return {"model": view.digest, **found}
 
     def need_forget(self) -> Passages:
         """`forget`, or one line saying that it is needed.

@@ -18,6 +18,7 @@ from memloc import cli as looking
 from memloc import command, processes
 from memloc.command import Verb, common, out
 from memloc.errors import InputError, MemlocError
+from memloc.flags import DataFile
 from memloc.methods import LOCALIZERS, MEASURES
 from memloc.terminal import Terminal, complain
 from memloc.verbs import check
@@ -70,6 +71,10 @@ def _check(arguments: argparse.Namespace, terminal: Terminal) -> None:
 def _edit_flags(parser: argparse.ArgumentParser) -> None:
     common(parser, "model", "passages", "retain", "text", "facts", "localization", "fraction", "count", "per")
     common(parser, "prefix", "suffix", "seed")
+    parser.add_argument("--keep-facts", type=DataFile.parse, metavar="FILE", help="facts the model should go on saying")
+    parser.add_argument(
+        "--past", type=Path, nargs="*", default=[], metavar="EDIT", help="edits the model holds already, in order"
+    )
     parser.add_argument(
         "--rounding",
         choices=["nearest", "stochastic"],
@@ -87,6 +92,7 @@ def _edit_flags(parser: argparse.ArgumentParser) -> None:
 
 def _edit(arguments: argparse.Namespace, terminal: Terminal) -> None:
     from editors.base import Request
+    from editors.edit import Edit
 
     view = command.open_view(arguments)
     request = Request(
@@ -94,6 +100,8 @@ def _edit(arguments: argparse.Namespace, terminal: Terminal) -> None:
         retain=command.read_passages(arguments.retain, view, arguments),
         text=command.read_text(arguments.text, view),
         facts=command.read_facts(arguments.facts, view),
+        keep_facts=command.read_facts(arguments.keep_facts, view),
+        past=tuple(Edit.load(path) for path in arguments.past),
         selection=_selection(arguments, view),
         seed=arguments.seed,
     )
