@@ -14,18 +14,27 @@ from editors.rewriters.rome import Rome
 from memloc import progress
 from memloc.errors import InputError
 from memloc.moments import Moments
-from memloc.passages import Facts
+from memloc.passages import Facts, read_jsonl
 from memloc.sites import Kind, Site
 from memloc.verbs.moments import layers_named
 from memloc.view import ModelView
 
 
+@pytest.fixture(scope="module")
+def text(tiny_lab, tmp_path_factory):
+    """Enough of the lab's text for one run, for all of it takes a second to read."""
+    rows = [json.dumps(row) for _, row in read_jsonl(tiny_lab / "corpus.jsonl") if row["split"] == "train"]
+    path = tmp_path_factory.mktemp("text") / "text.jsonl"
+    path.write_text("\n".join(rows[:60]))
+    return path
+
+
 @pytest.fixture
-def command(tiny_lab, tmp_path):
+def command(tiny_lab, text, tmp_path):
     """The words of a run on the lab; `out` is where it writes."""
 
-    def command(*rest, out="m.safetensors", text="corpus.jsonl#split=train"):
-        given = ["--model", tiny_lab, "--text", f"{tiny_lab}/{text}", "--out", tmp_path / out, *rest]
+    def command(*rest, out="m.safetensors"):
+        given = ["--model", tiny_lab, "--text", text, "--out", tmp_path / out, *rest]
         return [str(word) for word in ("moments", *given)]
 
     return command
@@ -39,10 +48,10 @@ def same(one, other):
 
 
 def test_one_run_sums_judges_shrinks_and_saves(command, tmp_path, capsys):
-    assert main(command("--json", "--layers", "1")) == 0
+    assert main(command("--json", "--layers", "0")) == 0
     said = json.loads(capsys.readouterr().out)
     found = Moments.load(tmp_path / "m.safetensors")
-    site = Site(1, Kind.MLP_OUT)
+    site = Site(0, Kind.MLP_OUT)
     assert list(found.sums) == [site]
     assert 10 * 256 <= found.count < 10 * 256 + 64
     row = said["sites"][str(site)]
@@ -98,7 +107,8 @@ def test_shards_merge_to_what_one_run_makes(command, tmp_path, capsys):
 def test_an_interrupted_run_says_so_and_goes_on(command, tmp_path, capsys, monkeypatch):
     from memloc import moment_pass
 
-    main(command(out="whole.safetensors"))
+    words = ["--batch-tokens", "512"]
+    main(command(*words, out="whole.safetensors"))
     quick = moment_pass.MomentPass.__init__
     monkeypatch.setattr(moment_pass.MomentPass, "__init__", lambda self, **given: quick(self, every=0, **given))
 
@@ -107,7 +117,6 @@ def test_an_interrupted_run_says_so_and_goes_on(command, tmp_path, capsys, monke
             raise KeyboardInterrupt
 
     monkeypatch.setattr("memloc.command.progress_shown", lambda: progress.listening(stop))
-    words = ["--batch-tokens", "512"]
     assert main(command(*words)) == 130
     assert "what is summed so far is kept in" in capsys.readouterr().err
     assert not (tmp_path / "m.safetensors").exists()
@@ -164,7 +173,7 @@ WRONG = {
     "share": (["--shrink", "1.5"], "--shrink 1.5: expected auto, none"),
     "multiplier": (["--multiplier", "0"], "multiplier is 0.0, expected above 0"),
     "shard": (["--shard", "3/2"], "--shard 3/2: expected NUMBER/COUNT"),
-    "empty": (["--tokens", "1", "--shard", "2/2"], "shard 2/2 of 1 passages is empty"),
+    "empty": (["--tokens", "1", "--shard", "1/2"], "shard 1/2 of 1 passages is empty"),
 }
 
 
