@@ -38,7 +38,7 @@ FLOORS: tuple[str, ...] = (
     "editors.disk_names editors.edit_file editors.edit_record editors.model_card",
     "editors.adapters",
     "editors.edit",
-    "editors.base editors.checkpoint editors.control editors.trial",
+    "editors.base editors.checkpoint editors.control editors.hook_form editors.trial",
     "editors.export editors.rewriters editors.pruners editors.checks",
     "editors.demo editors.verbs",
     "editors.cli",
