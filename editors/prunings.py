@@ -7,6 +7,7 @@ weights that may be pruned: all of the chosen kinds, or, with a selection, those
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any, Literal, get_args
 
 import torch
@@ -83,6 +84,16 @@ def highest(scores: Scores, where: Masks, part: float, among: Among) -> dict[Sit
     return found
 
 
+def largest(flat: Tensor, count: int) -> Tensor:
+    """The `count` largest as bool `[n]`, the earlier among equals, in O(n)."""
+    chosen = torch.zeros(len(flat), dtype=torch.bool)
+    if count:
+        least = flat.kthvalue(len(flat) - count + 1).values
+        chosen = flat > least
+        chosen[(flat == least).nonzero()[: count - int(chosen.sum()), 0]] = True
+    return chosen
+
+
 def randomly(where: Masks, counts: Mapping[Site, int], seed: int) -> dict[Site, Tensor]:
     """So many entries of `where` at each site, drawn without replacement."""
     generator, found = torch.Generator().manual_seed(seed), {}
@@ -127,13 +138,12 @@ def kept_rows(request: Request) -> Passages | None:
         InputError: one of them is also to be forgotten.
     """
     gone = {item.ids for item in request.forget or ()}
-    rows = [item for part in (request.retain, request.text) for item in part or ()]
-    for item in rows:
-        if item.ids in gone:
-            raise InputError(f"passage {item.id!r} is both to forget and to keep; take it out of one set")
-    fresh = (request.retain or Passages(())).ids if request.text else ()
-    if set(fresh) & set((request.text or Passages(())).ids):
-        raise InputError("retain and text share ids; name their rows apart")
+    rows = []
+    for name, part in (("retain", request.retain), ("text", request.text)):
+        for item in part or ():
+            if item.ids in gone:
+                raise InputError(f"passage {item.id!r} is both to forget and to keep; take it out of one set")
+            rows.append(replace(item, id=f"{name}: {item.id}"))
     return Passages(tuple(rows), "kept") if rows else None
 
 
@@ -186,7 +196,9 @@ def pruning(
         "by site": {str(site): int(mask.sum()) for site, mask in sorted(masks.items())},
     }
     provenance = Provenance(method, settings, request.seed, inputs)
-    return Edit.of(view, zeroed(view, masks) if deltas is None else deltas, provenance, notes={**counts, **(notes or {})})
+    return Edit.of(
+        view, zeroed(view, masks) if deltas is None else deltas, provenance, notes={**counts, **(notes or {})}
+    )
 
 
 def _joined(scores: Scores, where: Masks) -> Tensor:
@@ -205,13 +217,7 @@ def _apart(where: Masks, chosen: Tensor) -> dict[Site, Tensor]:
 
 
 def _top(flat: Tensor, part: float) -> Tensor:
-    """The largest as bool `[n]`, the earlier among equals, in O(n)."""
-    count, chosen = how_many(part, len(flat)), torch.zeros(len(flat), dtype=torch.bool)
-    if count:
-        least = flat.kthvalue(len(flat) - count + 1).values
-        chosen = flat > least
-        chosen[(flat == least).nonzero()[: count - int(chosen.sum()), 0]] = True
-    return chosen
+    return largest(flat, how_many(part, len(flat)))
 
 
 def _top_of_matrix(scores: Tensor, mask: Tensor, part: float) -> Tensor:

@@ -9,7 +9,6 @@ from editors.base import Request
 from editors.edit import Edit
 from editors.masks import digest, weight_masks
 from editors.silencing import Mode, check_mode, need_biases, silencing
-from memloc.errors import InputError
 from memloc.provenance import Provenance, settings_of
 from memloc.sites import Grain
 from memloc.view import ModelView
@@ -46,14 +45,11 @@ class HeadDropout:
         """The edit; the view's model is untouched.
 
         Raises:
-            InputError: no selection, one that is not of heads, every head of the model, or a constant without text or
-                a bias.
+            InputError: no selection, one that is not of heads, or a constant without text or a bias.
         """
         need_biases(view, request, self.mode)
         made = silencing(view, request, self.mode, self.factor, (Grain.HEAD,), batch_size=self.batch_size)
         selection = request.need_selection()
-        if self.mode == "zero" and selection.count == view.heads * view.layers:
-            raise InputError("every head of the model is selected; nothing would be read of what came before")
         heads = {str(site): [int(head) for head in mask.nonzero()[:, 0]] for site, mask in selection.masks.items()}
         given = {**request.inputs(view), "masks": digest(weight_masks(view, selection))}
         seed = request.seed if self.mode == "resample" else None
