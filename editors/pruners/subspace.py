@@ -27,8 +27,9 @@ class Subspace:
       tokens of text (A^b), and S = |W| · A, an entry becomes zero if S^f is in the top share of its row and above S^b.
       So no more than the share is pruned, and less where text uses the same inputs; the notes say how much.
     - "directions": with C_f and C_b the second moments of the map's input, the `rank` vectors v with the largest
-      vᵀC_f v / vᵀC_b v, scaled to VᵀC_bV = I, are no longer read: W becomes W (I - C_b V Vᵀ). Of all projections
-      whose result V does not see, it is the one that moves the inputs of text least. A change of low rank.
+      vᵀC_f v / vᵀC_b v, scaled to VᵀC_bV = I, are no longer read: W becomes W (I - C_b V Vᵀ), a change of low rank.
+      Of all projections whose result V does not see, it moves the inputs of text least in units of their own spread
+      (in the norm xᵀC_b⁻¹x).
 
     Attributes:
         mode: which.
