@@ -21,6 +21,7 @@ from typing import Any
 import torch
 
 from editors.base import Request
+from editors.deltas import LowRank
 from editors.demo.material import Material, material
 from editors.edit import Edit
 from editors.pruners.balanced_subnet import BalancedSubnet
@@ -40,7 +41,7 @@ from memloc.measures.facts import FactRecall
 from memloc.measures.perplexity import Perplexity
 from memloc.provenance import Provenance, digest_json
 from memloc.scores import Selection
-from memloc.sites import Grain
+from memloc.sites import Grain, Site
 from memloc.view import ModelView
 
 SHARES = (0.01, 0.05, 0.2)
@@ -126,10 +127,13 @@ def measure_lab(lab: Path, given: argparse.Namespace, known: dict[str, dict[str,
 
 def controls(view: ModelView, edit: Edit, request: Request) -> Iterator[tuple[str, Any, Request]]:
     """Pruners of as many weights at every site; for units also random units, silenced in the same way."""
-    masks = pruned_of(edit)
-    if not masks:
+    if any(isinstance(delta, LowRank) for delta in edit.deltas.values()):
         return
-    same = Selection(Grain.WEIGHT, masks, Provenance("as many as the edit"))
+    masks = {}
+    for name, count in counts_of(edit).items():
+        site = Site.parse(name)
+        masks[site] = torch.arange(view.weight(site).numel()).view(view.weight(site).shape) < count
+    same = Selection(Grain.WEIGHT, masks, Provenance("as many as the edit prunes"))
     for seed in RANDOM_SEEDS:
         yield f"random-{seed}", Random(), Request(selection=same, seed=seed)
     yield "magnitude", Magnitude(), Request(selection=same)
@@ -149,15 +153,10 @@ def asked(view: ModelView, data: Material, chosen: tuple[str, float] | None) -> 
     return Request(forget=data.targets, retain=data.named, text=data.kept_text, selection=selection)
 
 
-def pruned_of(edit: Edit) -> dict[Any, torch.Tensor]:
-    """Entries of matrices that a sparse edit changes; none for a change of low rank."""
-    found = {site: delta.dense() != 0 for site, delta in edit.deltas.items() if not site.bias}
-    return {} if any(hasattr(delta, "left") for delta in edit.deltas.values()) else found
-
-
 def counts_of(edit: Edit) -> dict[str, int]:
-    """Changed entries of every matrix."""
-    return {str(site): delta.touched for site, delta in edit.deltas.items() if not site.bias}
+    """Pruned weights of every matrix; of what changes no single weights, all it changes."""
+    told = edit.notes.get("by site")
+    return told or {str(site): delta.touched for site, delta in edit.deltas.items() if not site.bias}
 
 
 def told(edit: Edit) -> dict[str, Any]:
