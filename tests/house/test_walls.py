@@ -40,7 +40,7 @@ FLOORS: tuple[str, ...] = (
     "editors.edit",
     "editors.base editors.checkpoint editors.control editors.hook_form editors.trial",
     "editors.activity editors.prunings editors.silencing",
-    "editors.fisher_blocks editors.trained_masks",
+    "editors.fisher_blocks editors.shared_subspace editors.trained_masks",
     "editors.export editors.rewriters editors.pruners editors.checks",
     "editors.demo editors.verbs",
     "editors.cli",
