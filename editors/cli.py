@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from editors.methods import EDITORS
-from editors.verbs import export
+from editors.verbs import export, sweep
 from editors.verbs.export import print_written
 from memloc import cli as looking
 from memloc import command, processes
@@ -204,6 +204,7 @@ def verbs() -> tuple[Verb, ...]:
         Verb("apply", "write a checkpoint folder with an edit in it", _apply_flags, _apply),
         Verb("undo", "write the checkpoint folder as it was before an edit", _apply_flags, _undo),
         Verb("export", "write an edit as a PEFT adapter or a checkpoint with its model card", export.flags, export.run),
+        Verb("sweep", "any localizer with any editor at equal budgets: what forgetting costs", sweep.flags, sweep.run),
         report,
         Verb("demo", "the whole loop on a model trained on the spot", _demo_flags, _demo),
     )

@@ -42,7 +42,8 @@ FLOORS: tuple[str, ...] = (
     "editors.activity editors.prunings editors.silencing",
     "editors.fisher_blocks editors.shared_subspace editors.trained_masks",
     "editors.export editors.rewriters editors.pruners editors.checks",
-    "editors.demo editors.verbs",
+    "editors.demo editors.trade_offs",
+    "editors.verbs",
     "editors.cli",
 )
 """Lowest first. A package stands for all its files. A file imports from floors below its own, or its own package."""
