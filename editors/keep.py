@@ -1,4 +1,4 @@
-"""The keep term of gradient editors, on rows that must stay as they are: KL(original ‖ edited), or the rows' NLL."""
+"""The keep term of gradient editors, on rows that must stay as they are: KL(original ‖ edited), or their NLL."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ class Keep:
         shares: rows a step of each source.
         steps: how many steps will be asked for.
         seed: of the order of rows.
-        teach: remember the original; without, only `rows` and `nll` can be asked for.
+        teach: remember the original; without, only `rows` can be asked for.
 
     Cost: one forward over the rows that will be drawn and whose hidden states are not known; memory d floats a token
     drawn, against v for its logits.
@@ -77,11 +77,6 @@ class Keep:
         """The rows of `step`, as token ids."""
         return [source.rows[index] for source, index in self._drawn(step)]
 
-    def nll(self, view: ModelView, step: int) -> Tensor:
-        """Mean over the same tokens as `divergence` of -log p under `view`: scalar, nats; differentiable."""
-        batch = _batch(view, self.rows(step))
-        return -suffix_logprobs(view, batch).sum() / (batch.length - batch.prefix).sum()
-
     def divergence(self, view: ModelView, step: int) -> Tensor:
         """Mean over tokens of KL(original ‖ `view`) on the rows of `step`: scalar, nats; differentiable."""
         hidden = [known for source, index in self._drawn(step) if (known := source.hidden[index]) is not None]
@@ -89,6 +84,18 @@ class Keep:
         with torch.no_grad():
             wanted = view.unembed(torch.cat(hidden)).log_softmax(-1)
         return divergence(view, batch, wanted)
+
+    def rise(self, view: ModelView, step: int) -> Tensor:
+        """Mean over the same tokens of how much NLL has risen from the original to `view`: scalar, nats.
+
+        Its gradient is that of the rows' NLL; the original's share of it is there so that 0 means "as it was".
+        """
+        hidden = [known for source, index in self._drawn(step) if (known := source.hidden[index]) is not None]
+        batch = _batch(view, self.rows(step))
+        _, _, token, _ = batch.suffix_index()
+        with torch.no_grad():
+            was = view.unembed(torch.cat(hidden)).log_softmax(-1).gather(1, token[:, None]).mean()
+        return was - suffix_logprobs(view, batch).sum() / len(token)
 
     def _drawn(self, step: int) -> list[tuple[Source, int]]:
         return [

@@ -7,8 +7,12 @@ from memloc.registry import Registry
 EDITORS = Registry(
     "editor",
     {
+        "gradient-ascent": "editors.rewriters.gradient_ascent:GradientAscent",
+        "gradient-difference": "editors.rewriters.gradient_difference:GradientDifference",
         "neuron-dropout": "editors.pruners.neuron_dropout:NeuronDropout",
+        "npo": "editors.rewriters.npo:Npo",
         "rome": "editors.rewriters.rome:Rome",
+        "simnpo": "editors.rewriters.simnpo:Simnpo",
         "sparse-fine-tune": "editors.rewriters.sparse_fine_tune:SparseFineTune",
     },
 )
