@@ -7,6 +7,8 @@ from memloc.registry import Registry
 EDITORS = Registry(
     "editor",
     {
+        "constrained-fine-tune": "editors.rewriters.constrained_fine_tune:ConstrainedFineTune",
+        "fine-tune": "editors.rewriters.fine_tune:FineTune",
         "gradient-ascent": "editors.rewriters.gradient_ascent:GradientAscent",
         "gradient-difference": "editors.rewriters.gradient_difference:GradientDifference",
         "neuron-dropout": "editors.pruners.neuron_dropout:NeuronDropout",

@@ -7,7 +7,7 @@ from typing import Any
 
 from editors.base import Request
 from editors.edit import Edit
-from editors.unlearning import Unlearning, unlearn
+from editors.unlearning import PUBLISHED, Unlearning, unlearn
 from editors.unlearning_losses import ascent
 from memloc.view import ModelView
 
@@ -43,10 +43,7 @@ class GradientDifference(Unlearning):
     @classmethod
     def published(cls, **settings: Any) -> GradientDifference:
         """Both weights 1, the NLL of `retain`, lr 1e-5, rows of 32, all steps taken."""
-        how: dict[str, Any] = {"lr": 1e-5, "target_rows": 32, "steps": 100, "stop": "steps"}
-        return cls(
-            **{**how, "keep": "nll", "keep_weight": 1.0, "keep_rows": 32, "keep_text": False, "replay": 0, **settings}
-        )
+        return cls(**{**PUBLISHED, **settings})
 
     def __call__(self, view: ModelView, request: Request) -> Edit:
         """The edit; the view's model is untouched."""

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from editors.base import Request
 from editors.edit import Edit
-from editors.unlearning import Rows, Unlearning, unlearn
+from editors.unlearning import PUBLISHED, Rows, Unlearning, unlearn
 from editors.unlearning_losses import npo
 from memloc.errors import InputError
 from memloc.view import ModelView
@@ -53,10 +53,7 @@ class Npo(Unlearning):
     @classmethod
     def published(cls, **settings: Any) -> Npo:
         """β 0.1, both weights 1, the NLL of `retain`, lr 1e-5, rows of 32, all steps taken."""
-        how: dict[str, Any] = {"beta": 0.1, "lr": 1e-5, "target_rows": 32, "steps": 100, "stop": "steps"}
-        return cls(
-            **{**how, "keep": "nll", "keep_weight": 1.0, "keep_rows": 32, "keep_text": False, "replay": 0, **settings}
-        )
+        return cls(**{**PUBLISHED, "beta": 0.1, **settings})
 
     def __call__(self, view: ModelView, request: Request) -> Edit:
         """The edit; the view's model is untouched."""

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from editors.base import Request
 from editors.edit import Edit
-from editors.unlearning import Rows, Unlearning, unlearn
+from editors.unlearning import PUBLISHED, Rows, Unlearning, unlearn
 from editors.unlearning_losses import simnpo
 from memloc.errors import InputError
 from memloc.view import ModelView

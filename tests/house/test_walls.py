@@ -33,7 +33,7 @@ FLOORS: tuple[str, ...] = (
     "memloc.checks memloc.verbs",
     "memloc.cli",
     "editors editors.methods editors.deltas editors.rounding editors.packing editors.shards editors.masks",
-    "editors.contexts editors.patch editors.descent editors.replay editors.keep editors.least_squares",
+    "editors.contexts editors.patch editors.descent editors.replay editors.keep editors.least_squares editors.ball",
     "editors.binding editors.alternative editors.keys_values editors.own_words editors.training",
     "editors.unlearning_losses",
     "editors.disk_names editors.edit_file editors.edit_record editors.model_card",
