@@ -13,6 +13,7 @@ EDITORS = Registry(
         "gradient-difference": "editors.rewriters.gradient_difference:GradientDifference",
         "neuron-dropout": "editors.pruners.neuron_dropout:NeuronDropout",
         "npo": "editors.rewriters.npo:Npo",
+        "rmu": "editors.rewriters.rmu:Rmu",
         "rome": "editors.rewriters.rome:Rome",
         "simnpo": "editors.rewriters.simnpo:Simnpo",
         "sparse-fine-tune": "editors.rewriters.sparse_fine_tune:SparseFineTune",
