@@ -22,16 +22,16 @@ from editors.pruners.greedy import Greedy
 from editors.pruners.head_dropout import HeadDropout
 from editors.pruners.magnitude import Magnitude
 from editors.pruners.neuron_dropout import NeuronDropout
+from editors.pruners.obs import Obs
+from editors.pruners.random import Random as RandomPruning
+from editors.pruners.subnet import Subnet
+from editors.pruners.subspace import Subspace
 from editors.rewriters.constrained_fine_tune import ConstrainedFineTune
 from editors.rewriters.fine_tune import FineTune
 from editors.rewriters.gradient_ascent import GradientAscent
 from editors.rewriters.gradient_difference import GradientDifference
 from editors.rewriters.npo import Npo
 from editors.rewriters.rmu import Rmu
-from editors.pruners.obs import Obs
-from editors.pruners.random import Random as RandomPruning
-from editors.pruners.subnet import Subnet
-from editors.pruners.subspace import Subspace
 from editors.rewriters.rome import Rome
 from editors.rewriters.simnpo import Simnpo
 from editors.rewriters.sparse_fine_tune import SparseFineTune
@@ -78,7 +78,6 @@ DEFAULTS: Mapping[str, Case] = {
     "greedy": Case(Greedy(share=0.02, backwards=3)),
     "head-dropout": Case(HeadDropout(), ("text",), grain="head", fraction=0.3),
     "magnitude": Case(Magnitude(), (), grain="weight"),
-    "neuron-dropout": Case(NeuronDropout(), grain="neuron"),
     "obs": Case(Obs(share=0.05, gradients=4, block=7)),
     "random": Case(RandomPruning(), (), grain="weight"),
     "rome": Case(
