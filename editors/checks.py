@@ -98,7 +98,8 @@ def check_applies_and_undoes(edit: Edit, view: ModelView) -> None:
     with edit.apply(view):
         for site, value in wanted.items():
             found = view.weight(site).detach().cpu()
-            spacing = torch.finfo(found.dtype).eps * value.abs().clamp_min(1e-6)
+            least = max(1e-6, torch.finfo(found.dtype).tiny)  # below it, spacing does not shrink with the value
+            spacing = torch.finfo(found.dtype).eps * value.abs().clamp_min(least)
             _need(bool(((found - value).abs() <= spacing).all()), f"{site}: what was applied is not old + delta")
         changed = {name for name, digest in state(view).items() if digest != before[name]}
         _need(changed <= set(edit.parameters), f"parameters outside the edit changed: {changed - set(edit.parameters)}")

@@ -26,7 +26,14 @@ from editors.pruners.obs import Obs
 from editors.pruners.random import Random as RandomPruning
 from editors.pruners.subnet import Subnet
 from editors.pruners.subspace import Subspace
+from editors.rewriters.constrained_fine_tune import ConstrainedFineTune
+from editors.rewriters.fine_tune import FineTune
+from editors.rewriters.gradient_ascent import GradientAscent
+from editors.rewriters.gradient_difference import GradientDifference
+from editors.rewriters.npo import Npo
+from editors.rewriters.rmu import Rmu
 from editors.rewriters.rome import Rome
+from editors.rewriters.simnpo import Simnpo
 from editors.rewriters.sparse_fine_tune import SparseFineTune
 from memloc.localizers.random import Random
 from memloc.passages import Fact, Facts, Prompt
@@ -59,18 +66,25 @@ class Case:
 QUICK = {"steps": 3, "lr": 1e-2, "replay": 8, "keep_rows": 2}
 
 DEFAULTS: Mapping[str, Case] = {
+    "constrained-fine-tune": Case(ConstrainedFineTune(steps=3, epsilon=0.2, lr=1e-2), ("facts",)),
+    "fine-tune": Case(FineTune(steps=3, lr=1e-2), ("facts",)),
+    "gradient-ascent": Case(GradientAscent(steps=3, lr=1e-2, floor=-30.0), ("forget", "text"), grain="weight"),
+    "gradient-difference": Case(GradientDifference(**QUICK, floor=-30.0), grain="weight"),
+    "neuron-dropout": Case(NeuronDropout(), grain="neuron"),
+    "npo": Case(Npo(**QUICK, floor=-30.0), grain="head", fraction=0.4),
+    "rmu": Case(Rmu(**QUICK, floor=-30.0, layer=1)),
     "balanced-subnet": Case(BalancedSubnet(share=0.1, epochs=1)),
     "durable": Case(Durable(share=0.05)),
     "greedy": Case(Greedy(share=0.02, backwards=3)),
     "head-dropout": Case(HeadDropout(), ("text",), grain="head", fraction=0.3),
     "magnitude": Case(Magnitude(), (), grain="weight"),
-    "neuron-dropout": Case(NeuronDropout(), grain="neuron"),
     "obs": Case(Obs(share=0.05, gradients=4, block=7)),
     "random": Case(RandomPruning(), (), grain="weight"),
     "rome": Case(
         Rome(layer=1, prefixes=(), kl_weight=0.0, token="subject-last", steps=4, namesakes=4, recalls=0),
         ("facts", "text"),
     ),
+    "simnpo": Case(Simnpo(**QUICK, floor=-30.0), grain="neuron"),
     "subnet": Case(Subnet(share=0.1, epochs=1)),
     "subspace": Case(Subspace(share=0.1)),
     "sparse-fine-tune": Case(SparseFineTune(**QUICK, floor=-30.0), grain="weight"),
@@ -78,6 +92,12 @@ DEFAULTS: Mapping[str, Case] = {
 """By method. One that is not here is tested as it comes, with forget, retain and text."""
 
 VARIANTS: Mapping[str, Case] = {
+    "gradient-difference whole": Case(
+        GradientDifference(steps=2, lr=1e-3, floor=-30.0, replay=0, keep="nll", keep_rows=2), ("forget", "retain")
+    ),
+    "constrained-fine-tune l2": Case(
+        ConstrainedFineTune(steps=2, lr=1e-2, norm="l2", epsilon=0.2), ("facts",), grain="weight"
+    ),
     "neuron-dropout scale": Case(NeuronDropout(mode="scale", factor=0.5), grain="neuron"),
     "neuron-dropout heads": Case(NeuronDropout(), grain="head", fraction=0.3),
     "head-dropout resample": Case(
