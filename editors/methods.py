@@ -7,8 +7,10 @@ from memloc.registry import Registry
 EDITORS = Registry(
     "editor",
     {
+        "curvature": "editors.pruners.curvature:Curvature",
         "neuron-dropout": "editors.pruners.neuron_dropout:NeuronDropout",
         "rome": "editors.rewriters.rome:Rome",
         "sparse-fine-tune": "editors.rewriters.sparse_fine_tune:SparseFineTune",
+        "svd": "editors.pruners.svd:Svd",
     },
 )

@@ -16,7 +16,9 @@ import zoo
 
 from editors.base import Request
 from editors.methods import EDITORS
+from editors.pruners.curvature import Curvature
 from editors.pruners.neuron_dropout import NeuronDropout
+from editors.pruners.svd import Svd
 from editors.rewriters.rome import Rome
 from editors.rewriters.sparse_fine_tune import SparseFineTune
 from memloc.localizers.random import Random
@@ -50,16 +52,25 @@ class Case:
 QUICK = {"steps": 3, "lr": 1e-2, "replay": 8, "keep_rows": 2}
 
 DEFAULTS: Mapping[str, Case] = {
+    "curvature": Case(Curvature(keep=0.8), ("text",)),
     "neuron-dropout": Case(NeuronDropout(), grain="neuron"),
     "rome": Case(
         Rome(layer=1, prefixes=(), kl_weight=0.0, token="subject-last", steps=4, namesakes=4, recalls=0),
         ("facts", "text"),
     ),
     "sparse-fine-tune": Case(SparseFineTune(**QUICK, floor=-30.0), grain="weight"),
+    "svd": Case(Svd(energy=0.8), ()),
 }
 """By method. One that is not here is tested as it comes, with forget, retain and text."""
 
 VARIANTS: Mapping[str, Case] = {
+    "curvature forget": Case(
+        Curvature(keep=0.9, aim="forget", price="loss", kinds="attn.v,mlp.out"), ("forget", "text")
+    ),
+    "curvature corrected": Case(
+        Curvature(correction=True, labels="true", layers=(1,)), ("text",), grain="head", fraction=0.5
+    ),
+    "svd of neurons": Case(Svd(energy=0.5), (), grain="neuron", fraction=0.3),
     "neuron-dropout scale": Case(NeuronDropout(mode="scale", factor=0.5), grain="neuron"),
     "neuron-dropout heads": Case(NeuronDropout(), grain="head", fraction=0.3),
 }
