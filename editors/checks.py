@@ -103,7 +103,8 @@ def check_applies_and_undoes(edit: Edit, view: ModelView) -> None:
             spacing = kind.eps * value.abs().clamp_min(max(1e-6, kind.tiny)) + 2**-23 * step
             _need(bool(((found - value).abs() <= spacing).all()), f"{site}: what was applied is not old + delta")
         changed = {name for name, digest in state(view).items() if digest != before[name]}
-        _need(changed <= set(edit.parameters), f"parameters outside the edit changed: {changed - set(edit.parameters)}")
+        named = {name for parameter in edit.parameters for name in (parameter, *view.tied(parameter))}
+        _need(changed <= named, f"parameters outside the edit changed: {changed - named}")
         with contextlib.suppress(MismatchError):
             edit.apply(view)
             raise AssertionError("the edit could be applied twice")

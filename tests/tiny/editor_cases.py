@@ -6,6 +6,7 @@ worth holding to the battery stand in `VARIANTS`, under the method's name and a 
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,10 +18,14 @@ import zoo
 from editors.base import Request
 from editors.methods import EDITORS
 from editors.pruners.curvature import Curvature
+from editors.pruners.layer_rewind import LayerRewind
+from editors.pruners.layernorm_removal import LayernormRemoval
 from editors.pruners.neuron_dropout import NeuronDropout
 from editors.pruners.svd import Svd
+from editors.rewriters.fuse import Fuse
 from editors.rewriters.rome import Rome
 from editors.rewriters.sparse_fine_tune import SparseFineTune
+from editors.rewriters.task_vector import TaskVector
 from memloc.localizers.random import Random
 from memloc.passages import Fact, Facts, Prompt
 from memloc.view import ModelView
@@ -53,6 +58,9 @@ QUICK = {"steps": 3, "lr": 1e-2, "replay": 8, "keep_rows": 2}
 
 DEFAULTS: Mapping[str, Case] = {
     "curvature": Case(Curvature(keep=0.8), ("text",)),
+    "fuse": Case(lambda view, folder: Fuse(others=(other(view, folder),)), (), hooks=False),
+    "layer-rewind": Case(lambda view, folder: LayerRewind(earlier=other(view, folder)), (), hooks=False),
+    "layernorm-removal": Case(LayernormRemoval(), (), hooks=False, refuses={"olmo": "no gains or biases"}),
     "neuron-dropout": Case(NeuronDropout(), grain="neuron"),
     "rome": Case(
         Rome(layer=1, prefixes=(), kl_weight=0.0, token="subject-last", steps=4, namesakes=4, recalls=0),
@@ -60,10 +68,38 @@ DEFAULTS: Mapping[str, Case] = {
     ),
     "sparse-fine-tune": Case(SparseFineTune(**QUICK, floor=-30.0), grain="weight"),
     "svd": Case(Svd(energy=0.8), ()),
+    "task-vector": Case(lambda view, folder: TaskVector(finetuned=other(view, folder), scale=-0.5), (), hooks=False),
 }
 """By method. One that is not here is tested as it comes, with forget, retain and text."""
 
 VARIANTS: Mapping[str, Case] = {
+    "fuse geometric": Case(
+        lambda view, folder: Fuse(others=(other(view, folder),), weights=(0.75, 0.25), mean="geometric"),
+        (),
+        grain="component",
+        fraction=0.5,
+    ),
+    "layer-rewind of weights": Case(
+        lambda view, folder: LayerRewind(earlier=other(view, folder)),
+        (),
+        grain="weight",
+        fraction=0.2,
+    ),
+    "layer-rewind of heads": Case(
+        lambda view, folder: LayerRewind(earlier=other(view, folder), reach="unit"),
+        (),
+        grain="head",
+        fraction=0.3,
+    ),
+    "layernorm-removal of a layer": Case(
+        LayernormRemoval(layers=(1,), kinds="attn.norm,norm", biases=False), (), hooks=False
+    ),
+    "task-vector from a base": Case(
+        lambda view, folder: TaskVector(base=other(view, folder), scale=0.5),
+        (),
+        grain="neuron",
+        fraction=0.3,
+    ),
     "curvature forget": Case(
         Curvature(keep=0.9, aim="forget", price="loss", kinds="attn.v,mlp.out"), ("forget", "text")
     ),
@@ -101,6 +137,19 @@ def request(name: str, view: ModelView, seed: int = 0) -> Request:
     if asked.grain is not None:
         chosen = Random(grain=asked.grain)(view, data["forget"]).top(fraction=asked.fraction)  # type: ignore[arg-type]
     return Request(**{part: data[part] for part in asked.asks}, selection=chosen, seed=seed)
+
+
+def other(view: ModelView, folder: Path) -> str:
+    """A checkpoint folder of the same shape in which every parameter is another."""
+    found = folder / "other"
+    if not found.is_dir():
+        made, generator = copy.deepcopy(view.model), torch.Generator().manual_seed(11)
+        with torch.no_grad():
+            for parameter in made.parameters():
+                noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float32)
+                parameter.mul_((1.1 + 0.5 * noise).to(parameter.dtype))
+        made.save_pretrained(found)
+    return str(found)
 
 
 def facts(count: int, seed: int) -> Facts:
