@@ -34,6 +34,7 @@ from editors.methods import EDITORS
 from memloc.measures.extraction import Extraction
 from memloc.measures.facts import FactRecall
 from memloc.measures.perplexity import Perplexity
+from memloc.objectives import suffix_nll
 from memloc.passages import Passages, read_jsonl
 from memloc.view import ModelView
 
@@ -92,6 +93,11 @@ class Lab:
         spread = Perplexity()(self.view, self.data.held_out).figures["perplexity"].value
         return {"targets, random": strict, "perplexity, random": spread}
 
+    @property
+    def sets(self) -> dict[str, Passages]:
+        """Passages never trained on, for copies to learn: ten that both learn, ten for each."""
+        return {name: self.data.controls[10 * n : 10 * n + 10] for n, name in enumerate(("shared", "first", "second"))}
+
     def request(self) -> Request:
         """What every editor is told: targets, named passages, training text."""
         return Request(forget=self.data.targets, retain=self.data.named, text=self.text, seed=self.seed)
@@ -135,10 +141,78 @@ def arms() -> dict[str, Arm]:
         found[f"curvature forget loss mlp layer {layer} 0.75"] = editor(
             "curvature", keep=0.75, kinds=MLP, layers=(layer,), aim="forget", price="loss"
         )
-    for energy in (0.8, 0.9, 0.95, 0.98, 0.99):
+    for energy in (0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.98, 0.99):
         found[f"svd mlp {energy}"] = editor("svd", energy=energy, kinds=MLP)
         found[f"svd all {energy}"] = editor("svd", energy=energy, kinds=ALL)
+    for step in ("00000", "00040", "00100", "00200", "00300"):
+        for layer in range(4):
+            found[f"rewind layer {layer} to {step}"] = rewind(step, layers=(layer,))
+        found[f"rewind attention to {step}"] = rewind(step, kinds=ATTENTION)
+        found[f"rewind mlp to {step}"] = rewind(step, kinds=MLP)
+    for layer in range(4):
+        found[f"norms of layer {layer}"] = editor("layernorm-removal", layers=(layer,))
+    found["norms of all layers"] = editor("layernorm-removal")
+    found["norms before attention"] = editor("layernorm-removal", kinds="attn.norm")
+    found["norms before the mlp"] = editor("layernorm-removal", kinds="mlp.norm")
+    found["norm, final"] = editor("layernorm-removal", kinds="norm")
+    for scale in (0.5, 1.0, 2.0, 5.0, 10.0, 20.0, 50.0):
+        found[f"task vector of targets -{scale:g}"] = negation(scale)
+    for scale in (0.25, 0.5, 0.75):
+        found[f"task vector from step-00300 -{scale:g}"] = lambda lab, scale=scale: EDITORS["task-vector"](
+            base=str(lab.folder / "snapshots" / "step-00300"), scale=-scale
+        )(lab.view, lab.request())
+    for mean in ("arithmetic", "geometric"):
+        found[f"fuse of two, {mean}"] = fusion(mean)
     return found
+
+
+def rewind(step: str, **settings: Any) -> Arm:
+    """An arm that puts something back to one of the lab's snapshots."""
+
+    def made(lab: Lab) -> Edit:
+        earlier = str(lab.folder / "snapshots" / f"step-{step}")
+        found: Edit = EDITORS["layer-rewind"](earlier=earlier, **settings)(lab.view, lab.request())
+        return found
+
+    return made
+
+
+def negation(scale: float) -> Arm:
+    """An arm that fine-tunes a copy on the targets and takes that step back, `scale` times."""
+
+    def made(lab: Lab) -> Edit:
+        folder = tuned(lab, lab.data.targets, "on-targets", steps=30)
+        found: Edit = EDITORS["task-vector"](finetuned=folder, scale=-scale)(lab.view, lab.request())
+        return found
+
+    return made
+
+
+def fusion(mean: str) -> Arm:
+    """An arm that fuses two copies that learned ten new passages together and ten more each (`sets`)."""
+
+    def made(lab: Lab) -> Edit:
+        first = tuned(lab, lab.sets["shared"] + lab.sets["first"], "first", steps=150)
+        second = tuned(lab, lab.sets["shared"] + lab.sets["second"], "second", steps=150)
+        edit: Edit = EDITORS["fuse"](others=(first, second), weights=(0, 0.5, 0.5), mean=mean)(lab.view, Request())
+        return edit
+
+    return made
+
+
+def tuned(lab: Lab, passages: Passages, name: str, *, steps: int, lr: float = 3e-4) -> str:
+    """A folder with the lab's model trained on passages alone, all of them at every step."""
+    folder = lab.work / name
+    if not folder.is_dir():
+        view = lab.view.copy()
+        batch = next(iter(view.batches(passages, size=len(passages))))
+        optimiser = torch.optim.AdamW(view.model.parameters(), lr=lr, weight_decay=0.0)
+        for _ in range(steps):
+            optimiser.zero_grad()
+            suffix_nll(view, batch).mean().backward()
+            optimiser.step()
+        view.model.save_pretrained(folder)
+    return str(folder)
 
 
 def run(lab: Lab, name: str, arm: Arm) -> dict[str, Any]:
@@ -151,9 +225,18 @@ def run(lab: Lab, name: str, arm: Arm) -> dict[str, Any]:
     row["forms"] = sorted({type(delta).__name__ for delta in edit.deltas.values()})
     with edit.apply(lab.view):
         row |= lab.judge()
+        if name.startswith("fuse"):
+            row["fused"] = learned(lab, lab.view)
+            for one in ("first", "second"):
+                row[one] = learned(lab, ModelView.open(lab.work / one))
     with random_like(edit, lab.view, lab.seed).apply(lab.view):
         row |= lab.glance()
     return row
+
+
+def learned(lab: Lab, view: ModelView) -> dict[str, float]:
+    """What a copy recites of the passages that copies learn."""
+    return {name: Extraction()(view, part).figures["strict rate"].value for name, part in lab.sets.items()}
 
 
 def table(rows: list[Mapping[str, Any]]) -> None:
