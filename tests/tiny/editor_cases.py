@@ -17,10 +17,19 @@ import zoo
 
 from editors.base import Request
 from editors.methods import EDITORS
+from editors.pruners.balanced_subnet import BalancedSubnet
 from editors.pruners.curvature import Curvature
+from editors.pruners.durable import Durable
+from editors.pruners.greedy import Greedy
+from editors.pruners.head_dropout import HeadDropout
 from editors.pruners.layer_rewind import LayerRewind
 from editors.pruners.layernorm_removal import LayernormRemoval
+from editors.pruners.magnitude import Magnitude
 from editors.pruners.neuron_dropout import NeuronDropout
+from editors.pruners.obs import Obs
+from editors.pruners.random import Random as RandomPruning
+from editors.pruners.subnet import Subnet
+from editors.pruners.subspace import Subspace
 from editors.pruners.svd import Svd
 from editors.rewriters.fuse import Fuse
 from editors.rewriters.rome import Rome
@@ -61,11 +70,20 @@ DEFAULTS: Mapping[str, Case] = {
     "fuse": Case(lambda view, folder: Fuse(others=(other(view, folder),)), (), hooks=False),
     "layer-rewind": Case(lambda view, folder: LayerRewind(earlier=other(view, folder)), (), hooks=False),
     "layernorm-removal": Case(LayernormRemoval(), (), hooks=False, refuses={"olmo": "no gains or biases"}),
+    "balanced-subnet": Case(BalancedSubnet(share=0.1, epochs=1)),
+    "durable": Case(Durable(share=0.05)),
+    "greedy": Case(Greedy(share=0.02, backwards=3)),
+    "head-dropout": Case(HeadDropout(), ("text",), grain="head", fraction=0.3),
+    "magnitude": Case(Magnitude(), (), grain="weight"),
     "neuron-dropout": Case(NeuronDropout(), grain="neuron"),
+    "obs": Case(Obs(share=0.05, gradients=4, block=7)),
+    "random": Case(RandomPruning(), (), grain="weight"),
     "rome": Case(
         Rome(layer=1, prefixes=(), kl_weight=0.0, token="subject-last", steps=4, namesakes=4, recalls=0),
         ("facts", "text"),
     ),
+    "subnet": Case(Subnet(share=0.1, epochs=1)),
+    "subspace": Case(Subspace(share=0.1)),
     "sparse-fine-tune": Case(SparseFineTune(**QUICK, floor=-30.0), grain="weight"),
     "svd": Case(Svd(energy=0.8), ()),
     "task-vector": Case(lambda view, folder: TaskVector(finetuned=other(view, folder), scale=-0.5), (), hooks=False),
@@ -109,6 +127,22 @@ VARIANTS: Mapping[str, Case] = {
     "svd of neurons": Case(Svd(energy=0.5), (), grain="neuron", fraction=0.3),
     "neuron-dropout scale": Case(NeuronDropout(mode="scale", factor=0.5), grain="neuron"),
     "neuron-dropout heads": Case(NeuronDropout(), grain="head", fraction=0.3),
+    "head-dropout resample": Case(
+        HeadDropout(mode="resample"),
+        ("text",),
+        grain="head",
+        fraction=0.3,
+        refuses={"qwen3": "no bias", "falcon_new": "no bias"},
+    ),
+    "subspace directions": Case(Subspace(mode="directions", rank=3)),
+    "subspace directions of weights": Case(Subspace(mode="directions", rank=2), grain="weight"),
+    "obs that makes up": Case(Obs(share=0.05, gradients=4, block=7, compensate="keep")),
+    "magnitude of a selection": Case(Magnitude(order="largest"), (), grain="neuron"),
+    "random in a selection": Case(RandomPruning(share=0.5), ("text",), grain="component"),
+    "durable in a selection": Case(Durable(share=0.2, among="model"), grain="weight"),
+    "balanced-subnet in a selection": Case(
+        BalancedSubnet(share=0.3, epochs=1, mixing="both"), grain="component", fraction=0.4
+    ),
 }
 
 
