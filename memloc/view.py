@@ -32,7 +32,7 @@ from memloc.passages import Passages, decode
 from memloc.paths_given import Given, given_paths
 from memloc.proof import prove_row
 from memloc.provenance import digest_tensor
-from memloc.sites import OUTSIDE, Kind, Site
+from memloc.sites import MAPS, OUTSIDE, Kind, Site
 
 
 class ModelView:
@@ -174,15 +174,10 @@ class ModelView:
         Raises:
             InputError: the family has no such site, or the model fewer layers.
         """
-        return self._module(self._path(site))
-
-    def _path(self, site: Site) -> str:
-        if site.kind is Kind.EMBED or site.kind is Kind.UNEMBED:
-            return self.row.embed if site.kind is Kind.EMBED else self.row.unembed
-        path = self.row.path(site.kind)
-        if path is None or not 0 <= site.layer < self.layers:
+        path = self._path(site)
+        if path is None:
             raise InputError(f"{site}: not in {self.row.family} with {self.layers} layers")
-        return f"{self.row.blocks}.{site.layer}.{path}"
+        return self._module(path)
 
     def block(self, layer: int) -> nn.Module:
         """Block `layer`."""
@@ -191,9 +186,14 @@ class ModelView:
         return self._module(f"{self.row.blocks}.{layer}")
 
     def has(self, site: Site) -> bool:
-        """Whether the model has `site` (and, for a bias, whether that map has one)."""
-        if site.kind.in_block and (self.row.path(site.kind) is None or not 0 <= site.layer < self.layers):
+        """Whether the model has `site` (and, for a bias or a norm's gain, whether that module has one)."""
+        path = self._path(site)
+        if path is None:
             return False
+        if not site.kind.is_map:
+            # A family's models differ in these; some norms have no parameters.
+            part = "bias" if site.bias else "weight"
+            return path in self._modules and isinstance(getattr(self._modules[path], part, None), nn.Parameter)
         return not site.bias or getattr(self.module(site), "bias", None) is not None
 
     def sites(self, *kinds: Kind) -> tuple[Site, ...]:
@@ -205,7 +205,7 @@ class ModelView:
     @property
     def kinds(self) -> tuple[Kind, ...]:
         """The kinds of linear map a block of this family has."""
-        return tuple(kind for kind in Kind if kind.in_block and self.row.path(kind) is not None)
+        return tuple(kind for kind in MAPS if kind.in_block and self.row.path(kind) is not None)
 
     def parameter(self, site: Site) -> nn.Parameter:
         """The stored parameter that holds `site`, in its stored layout."""
@@ -218,7 +218,7 @@ class ModelView:
         """Where the weight of `site` lies: parameter name, orientation, rows of a fused matrix."""
         self.parameter(site)
         name = self._names[f"{self._path(site)}.{'bias' if site.bias else 'weight'}"]
-        transposed = self.row.stored_in_out and site.kind.in_block and not site.bias
+        transposed = self.row.stored_in_out and site.kind.in_block and site.kind.is_map and not site.bias
         fused = self.row.shared(site.kind)
         if fused is None:
             return Place(name, transposed)
@@ -438,6 +438,15 @@ class ModelView:
     def frozen(self) -> AbstractContextManager[None]:
         """No gradients for any parameter inside the block; activations may still have them."""
         return self.trainable()
+
+    def _path(self, site: Site) -> str | None:
+        """Whole path of the module of `site`, or None where the family has none or the model fewer layers."""
+        if site.kind is Kind.EMBED or site.kind is Kind.UNEMBED:
+            return self.row.embed if site.kind is Kind.EMBED else self.row.unembed
+        inner = self.row.path(site.kind) if site.kind.is_map else self.row.beside(site.kind)
+        if inner is None or not site.kind.in_block:
+            return inner
+        return f"{self.row.blocks}.{site.layer}.{inner}" if 0 <= site.layer < self.layers else None
 
     def _module(self, path: str) -> nn.Module:
         try:
