@@ -28,7 +28,8 @@ FLOORS: tuple[str, ...] = (
     "memloc.notebook memloc.view",
     "memloc.command memloc.costs memloc.lab memloc.moments memloc.objectives memloc.parts memloc.reading "
     "memloc.rewinding memloc.running",
-    "memloc.ablations memloc.gradients memloc.measures memloc.patching memloc.shared_work",
+    "memloc.ablations memloc.gradients memloc.measures memloc.moment_judgement memloc.moment_pass memloc.patching",
+    "memloc.shared_work",
     "memloc.grids memloc.localizers memloc.truth",
     "memloc.checks memloc.verbs",
     "memloc.cli",
