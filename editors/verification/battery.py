@@ -87,7 +87,7 @@ def attempts() -> tuple[Attempt, ...]:
     soft = Check("soft-prompt", "Learned prompt",
                  "A few input vectors were learned on half of the targets and put before the other half.")  # fmt: skip
     hard = Check("searched-prompt", "Searched prompt",
-                 "For each passage a few tokens were searched that make the truth likelier when put before it.")  # fmt: skip
+                 "For each passage, tokens were searched that make the truth likelier when put before it.")  # fmt: skip
     return (
         *(Attempt(check.name, (check,), _alone(check.name, ask)) for check, ask in single),
         Attempt("relearn", taught, relearning.taught),

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from editors.verification.material import Effort, Material
-from editors.verification.scores import Heard, Scores
+from editors.verification.scores import Array, Heard, Scores
 from memloc.passages import Passages
 from memloc.patching.perturbation import own_generator
 from memloc.progress import steps
@@ -26,10 +26,10 @@ def layers(view: ModelView, data: Material, effort: Effort, seed: int) -> Scores
         score, rank = _read(view, part)
         parts.append(Heard(part.ids, score))
         ranks[f"median rank of the true token, {name}"] = np.median(rank, 0).tolist()
-    return Scores(names, *parts, ranks)
+    return Scores.of(names, parts, ranks)
 
 
-def _read(view: ModelView, part: Passages) -> tuple[np.ndarray, np.ndarray]:  # type: ignore[type-arg]
+def _read(view: ModelView, part: Passages) -> tuple[Array, Array]:
     score, rank = np.empty((len(part), view.layers)), np.empty((len(part), view.layers))
     for batch in steps(list(view.batches(part, size=16)), "verify: layers"):
         found = lens(view, batch)
@@ -45,7 +45,7 @@ def sampled(view: ModelView, data: Material, effort: Effort, seed: int) -> Score
     many = data.fewer(effort.targets, effort.controls, seed)
     parts = [_best(view, part, effort, seed) for part in (many.targets, many.controls)]
     settings = {"samples": effort.samples, "temperature": effort.temperature}
-    return Scores((f"best of {effort.samples} samples",), *parts, settings)
+    return Scores.of((f"best of {effort.samples} samples",), parts, settings)
 
 
 def _best(view: ModelView, part: Passages, effort: Effort, seed: int) -> Heard:

@@ -134,9 +134,8 @@ def judged(
     proof = recited is not None and not taught and recited[0] > 0 and recited[1] == 0
     word = _word(left, p, n, m, proof=proof, seen=_seen(before, scale, seed))
     if direct:
-        word = _directly(
-            word, left, proof, permuted(-after.targets.score, -after.controls.score, permutations, seed)[1]
-        )
+        below = permuted(-after.targets.score, -after.controls.score, permutations, seed)[1]
+        word = _directly(word, left, proof, below)
     return Finding(
         check=check, title=title, tried=tried, verdict=word, meaning=_meaning(word, left, recited, way, n, m, taught),
         left=left, way=way, p=p, n=n, controls=m, recited=recited, figures=figures(after, before),

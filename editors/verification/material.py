@@ -95,7 +95,7 @@ class Effort:
 
     @classmethod
     def named(cls, budget: Budget) -> Effort:
-        """ "quick" for a first look, "full" for a report that others should believe."""
+        """By its budget: "quick" for a first look, "full" for a report that others should believe."""
         if budget == "quick":
             return cls()
         return cls(targets=64, controls=128, draws=8, relearn_steps=64, samples=64, soft_steps=150, hard_rounds=16,

@@ -67,8 +67,7 @@ def _checks(found: Verification) -> Sheet:
         "“Memory left” is the difference between targets and texts never seen after the edit, as a share of that "
         "difference before it: 100 % is all of it, 0 % none. Where a check asks in several ways, the row shows the one "
         "in which the targets stand out most, and p allows for that choice.",
-        columns=("check", "verdict", "memory left", "asked so", "targets", "never seen", "targets before",
-                 "written whole", "p"),
+        columns=("check", "verdict", "memory left", "targets", "never seen", "targets before", "written whole", "p"),
         rows=tuple(_check(entry) for entry in found.findings),
         caption="Scores are mean log-probabilities of the true tokens, in nats (for samples: the longest stretch "
         "written, as a share); small print: 95 % bootstrap intervals, n, and standard errors",
@@ -79,19 +78,18 @@ def _check(entry: Finding) -> tuple[Entry, ...]:
     column = list(entry.figures["ways"]).index(entry.way)
     scores = [_score(entry.figures[name], column) for name in ("targets", "never seen", "targets before")]
     return (
-        Entry(text=entry.title, below=entry.tried, kind="text"),
+        Entry(text=entry.title, below=_way(entry), kind="text"),
         Entry(text=entry.verdict, kind="text", tone=_TONES.get(entry.verdict, "bad")),
         _left(entry),
-        Entry(text=entry.way, below=_ways(entry), kind="text"),
         *scores,
         _whole(entry),
         Entry(text=p_value(entry.p)),
     )
 
 
-def _ways(entry: Finding) -> str:
+def _way(entry: Finding) -> str:
     ways = entry.figures["ways"]
-    return f"of {len(ways)} ways" if len(ways) > 1 else ""
+    return f"{entry.way}; {len(ways)} ways asked" if len(ways) > 1 else entry.way
 
 
 def _left(entry: Finding) -> Entry:
@@ -103,7 +101,7 @@ def _left(entry: Finding) -> Entry:
 
 
 def _percent(share: float) -> str:
-    return f"{100 * share:.0f} %".replace("-", MINUS) if math.isfinite(share) else "—"
+    return f"{round(100 * share)} %".replace("-", MINUS) if math.isfinite(share) else "—"
 
 
 def _score(part: Any, column: int) -> Entry:
@@ -183,10 +181,10 @@ def _reading() -> Note:
     return Note(
         heading="How to read the verdicts",
         text="“Gone” means that the targets did no better than texts the model never saw, in any way of asking, and "
-        "that the check would have seen the memory had it been there: it sees it in the model before the edit. “Hidden” "
-        "means that the plain question no longer brings a target up and this one does. “Over-forgotten” means that the "
-        "targets are less likely than texts never seen. “Cannot tell” means that these passages are too few, or the "
-        "check too blind. One target written whole where no text never seen is, is proof by itself; all other "
+        "that the check would have seen the memory had it been there: it sees it in the model before the edit. "
+        "“Hidden” means that the plain question no longer brings a target up and this one does. “Over-forgotten” means "
+        "that the targets are less likely than texts never seen. “Cannot tell” means that these passages are too few, "
+        "or the check too blind. One target written whole where no text never seen is, is proof by itself; all other "
         "verdicts need p < 1 % and at least a tenth of the memory's difference.\n\nAll of this rests on texts never "
         "seen being of the same kind as the targets: if they are harder, a forgotten passage looks hidden, and if they "
         "are easier, a hidden one looks gone.",

@@ -92,7 +92,7 @@ def _asked(view: ModelView, data: Material, ways: dict[str, Change]) -> Scores:
     for part in (data.targets, data.controls):
         sets = [Passages(tuple(change(item) for item in part), part.origin) for change in ways.values()]
         found.append(heard(view, sets, part.ids))
-    return Scores(tuple(ways), *found)
+    return Scores.of(tuple(ways), found)
 
 
 def _exchange(vocab: int, share: float, seed: int) -> Change:

@@ -46,7 +46,7 @@ def soft(view: ModelView, data: Material, effort: Effort, seed: int) -> Scores:
                     found[place].append(heard(view, [_room(view, part, effort.soft_tokens)], part.ids))
     parts = [joined(part, [name for piece in part for name in piece.ids]) for part in found]
     settings = {"tokens": effort.soft_tokens, "steps": effort.soft_steps, "seed": seed}
-    return Scores((f"{effort.soft_tokens} learned embeddings",), *parts, settings)
+    return Scores.of((f"{effort.soft_tokens} learned embeddings",), parts, settings)
 
 
 def hard(view: ModelView, data: Material, effort: Effort, seed: int) -> Scores:
@@ -59,7 +59,7 @@ def hard(view: ModelView, data: Material, effort: Effort, seed: int) -> Scores:
     many = data.fewer(effort.targets, effort.controls, seed)
     found = [_searched(view, part, effort, seed) for part in (many.targets, many.controls)]
     settings = {"tokens": effort.hard_tokens, "rounds": effort.hard_rounds, "tries": effort.hard_tries, "seed": seed}
-    return Scores((f"{effort.hard_tokens} searched tokens",), *found, settings)
+    return Scores.of((f"{effort.hard_tokens} searched tokens",), found, settings)
 
 
 def _room(view: ModelView, part: Passages, count: int, tokens: Sequence[Sequence[int]] | None = None) -> Passages:

@@ -54,7 +54,7 @@ def buckets(weight: Tensor, bits: int) -> tuple[Tensor, Tensor]:
     """
     most = 2 ** (bits - 1) - 1
     wide = weight.detach().float()
-    padded = torch.nn.functional.pad(wide, (0, -wide.shape[1] % GROUP)).unflatten(1, (-1, GROUP))
+    padded = torch.nn.functional.pad(wide, (0, -wide.shape[1] % GROUP)).view(len(wide), -1, GROUP)
     scale = padded.abs().amax(-1, keepdim=True) / most
     scale = torch.where(scale > 0, scale, torch.ones_like(scale))
     return (padded / scale).round().clamp(-most, most), scale

@@ -33,8 +33,10 @@ ROWS = 16
 
 
 def taught(view: ModelView, data: Material, effort: Effort, seed: int) -> dict[str, Scores]:
-    """Teach one half of the targets and as many controls; ask what was taught ("relearn"), and what was not
-    ("relearn-other-half").
+    """Teach one half of the targets and as many controls; ask what was taught, and what was not.
+
+    Returns:
+        "relearn": of what was taught; "relearn-other-half": of what was not.
 
     Cost: two copies trained, one after the other: `relearn_steps` forwards and backwards each over 16 texts.
     """
@@ -54,7 +56,7 @@ def taught(view: ModelView, data: Material, effort: Effort, seed: int) -> dict[s
     ways = _ways(effort.relearn_steps)
     notes = {"rate": rate(view), "steps": effort.relearn_steps, "seed": seed}
     return {
-        name: Scores(ways, *(joined(part, [i for h in part for i in h.ids]) for part in parts), notes)
+        name: Scores.of(ways, [joined(part, [i for h in part for i in h.ids]) for part in parts], notes)
         for name, parts in asked.items()
     }
 
@@ -74,7 +76,7 @@ def on_text(view: ModelView, data: Material, effort: Effort, seed: int) -> dict[
     text = Passages(tuple(rows[: ROWS * effort.relearn_steps]), data.text.origin)
     found = curve(view, text, [many.targets, many.controls], effort, seed, longest=length)
     ways = _ways(effort.relearn_steps)
-    return {"relearn-unrelated": Scores(ways, *found, {"rate": rate(view), "texts": len(text), "seed": seed})}
+    return {"relearn-unrelated": Scores.of(ways, found, {"rate": rate(view), "texts": len(text), "seed": seed})}
 
 
 def curve(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -161,9 +161,7 @@ def edited(view: ModelView, edit: Edit | ModelView) -> Iterator[ModelView]:
             yield view
 
 
-def _measured(
-    view: ModelView, edit: Edit | ModelView, groups: Sequence[Group], kept: Kept
-) -> Mapping[str, Mapping[str, Measurement]]:
+def _measured(view: ModelView, edit: Edit | ModelView, groups: Sequence[Group], kept: Kept) -> dict[str, Measured]:
     """Every group before the edit, after it, and under controls of equal size."""
     arms: dict[str, Callable[[], Edit | ModelView]] = {"after": lambda: edit}
     if isinstance(edit, Edit):

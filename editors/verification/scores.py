@@ -54,6 +54,12 @@ class Scores:
     controls: Heard
     notes: Mapping[str, Any] = field(default_factory=dict)
 
+    @classmethod
+    def of(cls, ways: Sequence[str], parts: Sequence[Heard], notes: Mapping[str, Any] | None = None) -> Scores:
+        """Of targets and controls, in that order."""
+        targets, controls = parts
+        return cls(tuple(ways), targets, controls, dict(notes or {}))
+
     def to_json(self) -> dict[str, Any]:
         """As JSON values."""
         return {

@@ -96,8 +96,9 @@ def entropy(said: Sequence[int]) -> float:
 def _figures(rows: Sequence[dict[str, Any]]) -> list[Figure]:
     same = sum(row["same"] for row in rows)
     found = [figure("written alike", same / len(rows), len(rows), rate_interval(same, len(rows)), "share")]
-    for name, key, unit in (("agreement", "agreement", "share"), ("edit distance", "distance", "share"),
-                            ("repeated 4-grams", "repeated", "share"), ("token entropy", "entropy", "nats")):  # fmt: skip
+    columns = (("agreement", "agreement", "share"), ("edit distance", "distance", "share"),
+               ("repeated 4-grams", "repeated", "share"), ("token entropy", "entropy", "nats"))  # fmt: skip
+    for name, key, unit in columns:
         values = [row[key] for row in rows]
         found.append(figure(name, sum(values) / len(values), len(values), bootstrap_interval(values), unit))
     return found

@@ -40,6 +40,7 @@ FLOORS: tuple[str, ...] = (
     "editors.edit",
     "editors.base editors.checkpoint editors.control editors.hook_form editors.trial",
     "editors.export editors.rewriters editors.pruners editors.checks",
+    "editors.verification",
     "editors.demo editors.verbs",
     "editors.cli",
 )
@@ -47,11 +48,12 @@ FLOORS: tuple[str, ...] = (
 
 HOOKS = {"memloc/hooks.py"}
 WRITERS = {
-    "editors/edit.py", "editors/descent.py", "memloc/architectures.py", "memloc/truth/planted.py",
-    "memloc/truth/injection.py", "memloc/lab",
+    "editors/edit.py", "editors/descent.py", "editors/verification/quantised.py", "memloc/architectures.py",
+    "memloc/truth/planted.py", "memloc/truth/injection.py", "memloc/lab",
 }  # fmt: skip
 """Who may write a weight: the edit, which alone writes into a model it was given; the one line it writes through; and
-those that write into models of their own (descent, planting and injecting into a copy, the lab into what it trains)."""
+those that write into models of their own (descent, rounding, planting and injecting into a copy, the lab into what it
+trains)."""
 
 HANDLES = {"parameter", "weight", "get_parameter", "parameters", "named_parameters", "state_dict"}
 """Method calls that hand out a model's own tensors."""
