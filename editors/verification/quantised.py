@@ -61,7 +61,7 @@ def buckets(weight: Tensor, bits: int) -> tuple[Tensor, Tensor]:
 
 
 def moved_share(edit: Edit, view: ModelView, bits: int) -> float:
-    """Share of the entries an edit changes that lie in another bucket after it; the rest is lost in rounding.
+    """Share of the entries an edit changes whose integer code is another after it; the rest is lost in rounding.
 
     Args:
         edit: what is asked about.
@@ -75,8 +75,8 @@ def moved_share(edit: Edit, view: ModelView, bits: int) -> float:
         before = view.weight(site).detach().float().cpu()
         after = before + delta.dense()
         touched = after != before
-        values = [_back(*buckets(part, bits), before.shape[1]) for part in (before, after)]
-        moved += int(((values[0] != values[1]) & touched).sum())
+        codes = [buckets(part, bits)[0].flatten(1)[:, : before.shape[1]] for part in (before, after)]
+        moved += int(((codes[0] != codes[1]) & touched).sum())
         changed += int(touched.sum())
     return moved / changed if changed else float("nan")
 

@@ -53,9 +53,13 @@ class Verification:
 
     @property
     def verdict(self) -> Word:
-        """The worst word of any check; "cannot tell" where none was made."""
-        words = {finding.verdict for finding in self.findings}
-        return max(words, key=ORDER.index) if words else "cannot tell"
+        """The worst alarm of any check; without one, "gone" where the plain question and most checks say so."""
+        words = [finding.verdict for finding in self.findings]
+        alarms = [word for word in words if word not in ("gone", "cannot tell")]
+        if alarms:
+            return max(alarms, key=ORDER.index)
+        plainly = all(finding.verdict == "gone" for finding in self.findings if finding.check == "as-given")
+        return "gone" if plainly and 2 * words.count("gone") > len(words) else "cannot tell"
 
     @property
     def harm(self) -> Harm:
@@ -70,11 +74,12 @@ class Verification:
     def sentence(self) -> str:
         """The result in three sentences or fewer, with no more said than was tested."""
         made, alarms = len(self.findings), [f for f in self.findings if f.verdict in ("hidden", "not removed")]
+        blind = sum(finding.verdict == "cannot tell" for finding in self.findings)
         worst = ", ".join(finding.title.lower() for finding in sorted(alarms, key=_severity)[:3])
         said = {
-            "gone": f"None of {made} checks found a trace of the targets: gone, as far as these checks can see.",
-            "cannot tell": f"{sum(f.verdict == 'cannot tell' for f in self.findings)} of {made} checks cannot tell "
-            "whether the targets are gone.",
+            "gone": f"None of {made} checks found a trace of the targets: gone, as far as these checks can see"
+            + (f" ({blind} of them cannot tell)." if blind else "."),
+            "cannot tell": f"{blind} of {made} checks cannot tell whether the targets are gone; none found a trace.",
             "over-forgotten": "The targets are less likely than texts never seen: over-forgotten, which itself gives "
             "away that something was taken out.",
             "hidden": f"Hidden, not gone: {len(alarms)} of {made} checks bring the targets back ({worst}).",
