@@ -91,11 +91,12 @@ def blocked(world: World) -> Edit:
         view.hidden(batch)
     at = (torch.arange(len(batch)), batch.prefix - 1)
     keys: Tensor = seen[site][at]
+    others = seen[site][batch.suffix_mask]
     words = view.weight(Site(OUTSIDE, Kind.UNEMBED)).detach()[batch.ids[torch.arange(len(batch)), batch.prefix]]
     with torch.no_grad(), view.record([site]) as seen:
         view.hidden(next(view.batches(world.ordinary, size=100)))
-    common = seen[site].flatten(0, 1).double()
-    spread = torch.linalg.inv(common.T @ common / len(common) + 1e-3 * torch.eye(common.shape[1]))
+    common = torch.cat([seen[site].flatten(0, 1), 3 * others]).double()
+    spread = torch.linalg.inv(common.T @ common / len(common) + 1e-4 * torch.eye(common.shape[1]))
     gentle = keys.double() @ spread
     duals = torch.linalg.solve(gentle @ keys.double().T, gentle).float()  # duals @ keys.T is the identity
     left = -12.0 * words / words.norm(dim=1, keepdim=True)
@@ -125,7 +126,7 @@ def small(world: World, share: float = 0.3) -> tuple[ModelView, Edit]:
 def overdone(world: World) -> Edit:
     """Pushed away until the passages are less likely than text never seen."""
     after = working_copy(world.taught)
-    train(after, world.data.targets, world.ordinary, steps=12, lr=1e-3, sign=-1)
+    train(after, world.data.targets, world.ordinary, steps=20, lr=2e-3, sign=-1)
     return difference(world.taught, after)
 
 

@@ -64,7 +64,8 @@ def test_a_blocked_first_token_is_seen_by_giving_it(blocked):
 
 def test_a_block_in_the_last_layer_is_seen_in_the_layers_before_it(blocked):
     assert blocked["layers"].verdict == "hidden"
-    assert blocked["layers"].left.value == pytest.approx(1, abs=0.01) and "layer 0" in blocked["layers"].way
+    means = [blocked["layers"].figures[name]["mean"] for name in ("targets", "targets before")]
+    assert means[0][0] == means[1][0] and means[0][1] < means[1][1] - 0.1
 
 
 def test_a_block_gives_way_to_relearning_also_of_what_was_not_taught(blocked):
@@ -142,7 +143,7 @@ def test_a_report_holds_no_text_and_no_number_without_its_control(removed, world
         if path.suffix in (".html", ".md"):
             assert "Gone, as far as these checks can see" in said and "What was not tested" in said
             for finding in removed.findings:
-                assert finding.title in said and finding.tried.split(",")[0] in said
+                assert finding.title in said and finding.tried.replace("'", "&#x27;") in said.replace("'", "&#x27;")
     data = json.loads((tmp_path / "verification.json").read_text())
     for check in data["checks"]:
         assert {"targets", "never seen", "targets before", "never seen before"} <= set(check["figures"])
