@@ -46,6 +46,10 @@ FLOORS: tuple[str, ...] = (
     "editors.trade_offs editors.unlearning",
     "editors.export editors.rewriters editors.trained_masks",
     "editors.demo editors.pruners editors.verbs",
+    "editors.base editors.checkpoint editors.control editors.hook_form editors.trial",
+    "editors.export editors.rewriters editors.pruners editors.checks",
+    "editors.verification",
+    "editors.demo editors.verbs",
     "editors.cli",
 )
 """Lowest first. A package stands for all its files. A file imports from floors below its own, or its own package."""
@@ -58,6 +62,12 @@ WRITERS = {
 """Who may write a weight: the edit, which alone writes into a model it was given; the one line it writes through; and
 those that write into models of their own (descent, masks trained on a copy, planting and injecting into a copy, the lab
 into what it trains)."""
+    "editors/edit.py", "editors/descent.py", "editors/verification/quantised.py", "memloc/architectures.py",
+    "memloc/truth/planted.py", "memloc/truth/injection.py", "memloc/lab",
+}  # fmt: skip
+"""Who may write a weight: the edit, which alone writes into a model it was given; the one line it writes through; and
+those that write into models of their own (descent, rounding, planting and injecting into a copy, the lab into what it
+trains)."""
 
 HANDLES = {"parameter", "weight", "get_parameter", "parameters", "named_parameters", "state_dict"}
 """Method calls that hand out a model's own tensors."""
