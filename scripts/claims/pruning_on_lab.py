@@ -63,6 +63,7 @@ def arms() -> Iterator[tuple[str, Any, tuple[str, float] | None]]:
         yield f"obs-forget {share:g}", Obs(share=share, compensate="forget"), None
         yield f"greedy {share:g}", Greedy(share=share), None
         yield f"subnet {share:g}", Subnet(share=share), None
+        yield f"subnet-long {share:g}", Subnet(share=share, epochs=130), None
         yield f"subnet-untrained {share:g}", Subnet(share=share, epochs=0), None
         yield f"balanced-subnet {share:g}", BalancedSubnet(share=share), None
         yield f"balanced-subnet-both {share:g}", BalancedSubnet(share=share, epochs=130, mixing="both"), None
