@@ -71,6 +71,8 @@ def arms() -> Iterator[tuple[str, Any, tuple[str, float] | None]]:
         yield f"neuron-zero {share:g}", NeuronDropout(), ("neuron", share)
         yield f"neuron-mean {share:g}", NeuronDropout(mode="mean"), ("neuron", share)
         yield f"neuron-resample {share:g}", NeuronDropout(mode="resample"), ("neuron", share)
+    for enough in (0.3, 1.0, 3.0):
+        yield f"greedy-enough {enough:g}", Greedy(share=0.01, backwards=500, enough=enough), None
     for rank in RANKS:
         yield f"directions {rank}", Subspace(mode="directions", rank=rank), None
     for count in HEADS:
