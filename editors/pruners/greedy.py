@@ -38,7 +38,7 @@ class Greedy:
             also prune embeddings and norms.)
 
     Cost: `backwards` times two forwards and one backward. The published method takes one a pruned weight, hours for
-    a model of billions; a hundred give nearly the same weights (scripts/claims/pruning_on_lab.py measures it).
+    a model of billions; scripts/claims/greedy_in_steps.py compares the two.
 
     Source: Sakarvadia et al. 2024, arXiv:2410.02159, after Maini et al. 2023, arXiv:2307.09542. Several weights a
     gradient, the end at `enough`, and the balance of the sides by w in the place of row counts, are ours.
