@@ -30,20 +30,23 @@ class Greedy:
         share: of the weights that may be pruned, all maps together.
         backwards: gradients taken, each pruning an equal part of the share; at most one a weight, and as many as
             weights is the published method, which prunes a single weight a gradient.
-        keep_weight: w, in [0, 1].
+        enough: nats per token; pruning ends, short of the share, once the mean NLL of the passages to forget is above
+            it. By default the whole share is pruned, which forgets far more than is asked for.
+        keep_weight: w, below 1.
         batch_size: rows of a gradient, half of them to forget and half to keep, as far as there are so many.
         kinds: "mlp", "mlp-out", "attention" or "all" maps; of no effect with a selection. (The published method may
             also prune embeddings and norms.)
 
-    Cost: `backwards` times one forward and one backward. The published method takes one a pruned weight, hours for
-    a model of billions; a hundred give nearly the same weights (scripts/claims/pruning_on_lab.py measures it).
+    Cost: `backwards` times two forwards and one backward. The published method takes one a pruned weight, hours for
+    a model of billions; scripts/claims/greedy_in_steps.py compares the two.
 
     Source: Sakarvadia et al. 2024, arXiv:2410.02159, after Maini et al. 2023, arXiv:2307.09542. Several weights a
-    gradient, and the balance of the sides by w in the place of row counts, are ours.
+    gradient, the end at `enough`, and the balance of the sides by w in the place of row counts, are ours.
     """
 
     share: float = 0.01
     backwards: int = 100
+    enough: float | None = None
     keep_weight: float = 0.5
     batch_size: int = 32
     kinds: Kinds = "mlp"
@@ -53,6 +56,8 @@ class Greedy:
         if self.backwards < 1 or self.batch_size < 1 or not 0 <= self.keep_weight < 1:
             found = f"backwards {self.backwards}, batch_size {self.batch_size}, keep_weight {self.keep_weight}"
             raise InputError(f"{found}: expected at least 1, at least 1, and a share below 1")
+        if self.enough is not None and self.enough <= 0:
+            raise InputError(f"enough {self.enough}: expected nats per token above 0")
 
     def __call__(self, view: ModelView, request: Request) -> Edit:
         """The edit; the view's model is untouched.
@@ -62,13 +67,10 @@ class Greedy:
             ModelError: the loss is no longer finite.
         """
         forget, keep, where = request.need_forget(), kept_rows(request), allowed(view, request, self.kinds)
-        total = sum(int(mask.sum()) for mask in where.values())
-        budget = how_many(self.share, total)
-        if not budget:
-            raise InputError(f"a share of {self.share:g} of {total} weights is none; ask for more")
+        budget = self._budget(where)
         switched, gone = Switched(view, where), {site: torch.zeros_like(mask) for site, mask in where.items()}
         rounds = min(self.backwards, budget)
-        notes: dict[str, float] = {"before": mean_nll(switched.view, forget), "backwards": rounds}
+        notes: dict[str, float] = {"before": mean_nll(switched.view, forget), "backwards": 0}
         epochs = mixed_batches(switched.view, forget, keep, size=self.batch_size, mixing="both", seed=request.seed)
         batches = (entry for epoch in epochs for entry in epoch)
         for count in progress.steps(_spread(budget, rounds), "greedy"):
@@ -76,11 +78,20 @@ class Greedy:
             weights = row_weights(forgotten, self.keep_weight if keep else 0.0)
             slopes = switched.gradients(batch, weights)
             scores = {site: slope * switched.original[site].cpu() for site, slope in slopes.items()}
+            notes["backwards"] += 1
             _take(scores, unspent(where, gone), gone, count)
             switched.switch_off(gone)
-        notes["after"] = mean_nll(switched.view, forget)
+            notes["after"] = mean_nll(switched.view, forget)
+            if self.enough is not None and notes["after"] > self.enough:
+                break
         masks = {site: mask for site, mask in gone.items() if bool(mask.any())}
         return pruning(view, masks, "greedy", settings_of(self), request, notes=notes)
+
+    def _budget(self, where: dict[Site, Tensor]) -> int:
+        total = sum(int(mask.sum()) for mask in where.values())
+        if not how_many(self.share, total):
+            raise InputError(f"a share of {self.share:g} of {total} weights is none; ask for more")
+        return how_many(self.share, total)
 
 
 def _spread(budget: int, rounds: int) -> list[int]:

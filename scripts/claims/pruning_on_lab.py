@@ -63,6 +63,7 @@ def arms() -> Iterator[tuple[str, Any, tuple[str, float] | None]]:
         yield f"obs-forget {share:g}", Obs(share=share, compensate="forget"), None
         yield f"greedy {share:g}", Greedy(share=share), None
         yield f"subnet {share:g}", Subnet(share=share), None
+        yield f"subnet-long {share:g}", Subnet(share=share, epochs=130), None
         yield f"subnet-untrained {share:g}", Subnet(share=share, epochs=0), None
         yield f"balanced-subnet {share:g}", BalancedSubnet(share=share), None
         yield f"balanced-subnet-both {share:g}", BalancedSubnet(share=share, epochs=130, mixing="both"), None
@@ -70,6 +71,8 @@ def arms() -> Iterator[tuple[str, Any, tuple[str, float] | None]]:
         yield f"neuron-zero {share:g}", NeuronDropout(), ("neuron", share)
         yield f"neuron-mean {share:g}", NeuronDropout(mode="mean"), ("neuron", share)
         yield f"neuron-resample {share:g}", NeuronDropout(mode="resample"), ("neuron", share)
+    for enough in (0.3, 1.0, 3.0):
+        yield f"greedy-enough {enough:g}", Greedy(share=0.01, backwards=500, enough=enough), None
     for rank in RANKS:
         yield f"directions {rank}", Subspace(mode="directions", rank=rank), None
     for count in HEADS:

@@ -2,14 +2,15 @@
 
     python scripts/claims/ratio_pruning_of_sums.py [--seeds 0,1,2] [--json FILE]
 
-The claim is of a two-layer quadratic network (Doshi et al. 2023, arXiv:2310.13061; scripts/claims/corrupted_arithmetic.py
-re-creates it). Here the same is asked of small transformers that were trained on sums mod 31 with a tenth of the labels
-wrong: neurons ordered by participation-ratio, the best-scored share silenced by neuron-dropout, as an edit of weights.
+The claim is of a two-layer quadratic network (Doshi et al. 2023, arXiv:2310.13061), which
+scripts/claims/corrupted_arithmetic.py re-creates. Here the same is asked of small transformers that were trained on
+sums mod 31 with a tenth of the labels wrong: neurons ordered by participation-ratio, the best-scored share silenced by
+neuron-dropout, as an edit of weights.
 Beside it the reverse order and, as mean of five, random order. Printed for every share and order: wrong sums recited
 (of the wrong labels), wrong sums answered with the truth, right sums answered, sums never trained on answered.
 
-It holds where, at some share, lowest-ratio-first takes at least .15 of the wrong sums and at most .05 of the right ones,
-and the wrong sums fall further below the right ones than under the reverse and the random order.
+It holds where, at some share, lowest-ratio-first takes at least .15 of the wrong sums and at most .05 of the right
+ones, and the wrong sums fall further below the right ones than under the reverse and the random order.
 """
 
 from __future__ import annotations
@@ -63,10 +64,10 @@ def main() -> None:
 
 def of_model(recipe: WrongSums, seed: int) -> dict[str, dict[str, dict[str, float]]]:
     """Order to share to figures, of one trained model."""
-    known = recipe.make(Ground(seed=seed), "sums-0")
-    assert known.controls is not None and known.text is not None
+    known = recipe.make(Ground("sums", seed=seed), "sums-0")
     truth = Passages(tuple(corrected(item, recipe.modulus) for item in known.passages), "truth")
-    sets = {"wrong": known.passages, "truth": truth, "right": known.controls, "unseen": known.text}
+    rest = {"right": known.controls or Passages(()), "unseen": known.text or Passages(())}
+    sets = {"wrong": known.passages, "truth": truth, **rest}
     scores = ParticipationRatio(tokens=f"0-{recipe.modulus - 1}")(known.view, known.passages)
     flipped = Localization(scores.grain, {site: -s for site, s in scores.scores.items()}, scores.provenance)
     curves: dict[str, dict[str, dict[str, float]]] = {"whole": {"0": under(known.view, sets, [])}}

@@ -102,11 +102,13 @@ def holds(row: dict[str, Any]) -> bool:
 
 def line(row: dict[str, Any]) -> str:
     """One row as text."""
-    return (
-        f"overlap {row['halves']:.3f} (chance {row['chance']:.3f}, with controls {row['controls']:.3f}, of controls "
-        f"{row['between_controls']:.3f}); recited {row['before']:.2f} -> own {row['own']:.2f}, other "
-        f"{row['other']:.2f}, under controls' {row['under_controls']:.2f}; {row['pruned']:.0f} / {row['pruned_controls']:.0f} weights"
+    overlaps = (
+        f"overlap {row['halves']:.3f} (chance {row['chance']:.3f}, with controls {row['controls']:.3f}, "
+        f"of controls {row['between_controls']:.3f})"
     )
+    recital = f"recited {row['before']:.2f} -> own {row['own']:.2f}, other {row['other']:.2f}"
+    control = f"under controls' {row['under_controls']:.2f}"
+    return f"{overlaps}; {recital}, {control}; {row['pruned']:.0f} / {row['pruned_controls']:.0f} weights"
 
 
 if __name__ == "__main__":

@@ -286,6 +286,18 @@ def test_greedy_raises_the_loss_it_should_raise(view):
     assert edit.notes["after"] > edit.notes["before"] + 0.1 and edit.notes["after"] > chance
 
 
+def test_greedy_ends_where_enough_is_forgotten(view):
+    """A trap: the whole budget is spent long after the passages are gone."""
+    whole = Greedy(share=0.02, backwards=20)(view, ASKED)
+    level = (whole.notes["before"] + whole.notes["after"]) / 2
+    some = Greedy(share=0.02, backwards=20, enough=level)(view, ASKED)
+    assert some.notes["after"] > level and some.count < whole.count and some.notes["backwards"] < 20
+    first = pruned(some)
+    assert all(bool((pruned(whole)[site] | ~mask).all()) for site, mask in first.items()), "the same path, cut short"
+    with pytest.raises(InputError, match="enough 0"):
+        Greedy(enough=0.0)
+
+
 # -- learned masks -----------------------------------------------------------------------------------------------------
 
 
