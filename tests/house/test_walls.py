@@ -34,7 +34,7 @@ FLOORS: tuple[str, ...] = (
     "memloc.cli",
     "editors editors.methods editors.deltas editors.rounding editors.packing editors.shards editors.masks",
     "editors.contexts editors.patch editors.descent editors.replay editors.keep editors.least_squares",
-    "editors.binding editors.alternative editors.keys_values editors.own_words",
+    "editors.binding editors.alternative editors.keys_values editors.least_change editors.odds editors.own_words",
     "editors.disk_names editors.edit_file editors.edit_record editors.model_card",
     "editors.adapters",
     "editors.edit",
