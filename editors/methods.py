@@ -8,8 +8,10 @@ EDITORS = Registry(
     "editor",
     {
         "forget-passage": "editors.rewriters.forget_passage:ForgetPassage",
+        "knowledge-neuron-surgery": "editors.rewriters.knowledge_neuron_surgery:KnowledgeNeuronSurgery",
         "neuron-dropout": "editors.pruners.neuron_dropout:NeuronDropout",
         "rome": "editors.rewriters.rome:Rome",
         "sparse-fine-tune": "editors.rewriters.sparse_fine_tune:SparseFineTune",
+        "ultraedit": "editors.rewriters.ultraedit:UltraEdit",
     },
 )

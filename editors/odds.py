@@ -73,7 +73,7 @@ def slopes(view: ModelView, sites: Sequence[Site], rows: Sequence[Row], *, size:
             pull[site].append(flowed[site].pull[line, at].cpu().double())
     back = torch.tensor(order).argsort()
     joined = [{site: torch.cat(parts)[back] for site, parts in side.items()} for side in (read, pull)]
-    return Slopes(torch.cat(odds)[back], *joined)
+    return Slopes(torch.cat(odds)[back], joined[0], joined[1])
 
 
 @torch.no_grad()

@@ -318,8 +318,10 @@ class _Solver:
                 found = slopes(self.view, list(self.metrics), self._rows(), size=self.how.batch_size)
             entry = self._judged(found, kept, change)
             progress.tell("forget-passage", index, self.how.rounds, f"above {entry['above']:.2f} lost {entry['lost']}")
-            if not change and not bool((self.asked.excess(found.odds[: len(self.asked.rows)]) > 0).any()):
-                raise InputError("nothing to do: every target is said no more readily than after disturbed prefixes")
+            if not change and bool((found.odds[: len(self.asked.rows)] <= self.asked.level).all()):
+                raise InputError(
+                    "nothing to do: no token of a target is said more readily than after disturbed prefixes"
+                )
             if change:
                 history.append(entry)
                 merit = (entry["recited"], max(0.0, entry["above"] - self.how.close) + entry["short"])

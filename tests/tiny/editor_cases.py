@@ -17,8 +17,11 @@ import zoo
 from editors.base import Request
 from editors.methods import EDITORS
 from editors.pruners.neuron_dropout import NeuronDropout
+from editors.rewriters.forget_passage import ForgetPassage
+from editors.rewriters.knowledge_neuron_surgery import KnowledgeNeuronSurgery
 from editors.rewriters.rome import Rome
 from editors.rewriters.sparse_fine_tune import SparseFineTune
+from editors.rewriters.ultraedit import UltraEdit
 from memloc.localizers.random import Random
 from memloc.passages import Fact, Facts, Prompt
 from memloc.view import ModelView
@@ -50,6 +53,9 @@ class Case:
 QUICK = {"steps": 3, "lr": 1e-2, "replay": 8, "keep_rows": 2}
 
 DEFAULTS: Mapping[str, Case] = {
+    "forget-passage": Case(ForgetPassage(rounds=2, tries=2, replay=8, kinds="mlp.out", protect=4)),
+    "knowledge-neuron-surgery": Case(KnowledgeNeuronSurgery(), ("facts",), grain="neuron"),
+    "ultraedit": Case(UltraEdit(lr=1e-2), ("facts",)),
     "neuron-dropout": Case(NeuronDropout(), grain="neuron"),
     "rome": Case(
         Rome(layer=1, prefixes=(), kl_weight=0.0, token="subject-last", steps=4, namesakes=4, recalls=0),
@@ -60,6 +66,9 @@ DEFAULTS: Mapping[str, Case] = {
 """By method. One that is not here is tested as it comes, with forget, retain and text."""
 
 VARIANTS: Mapping[str, Case] = {
+    "forget-passage attention": Case(ForgetPassage(rounds=3, tries=2, replay=0, rank=2, kinds="attn.v,attn.out")),
+    "knowledge-neuron-surgery replace": Case(KnowledgeNeuronSurgery(mode="replace"), ("facts",), grain="neuron"),
+    "ultraedit passages": Case(UltraEdit(lr=1e-2, rounds=2, kinds="mlp.in"), ("forget",), grain="layer", fraction=0.7),
     "neuron-dropout scale": Case(NeuronDropout(mode="scale", factor=0.5), grain="neuron"),
     "neuron-dropout heads": Case(NeuronDropout(), grain="head", fraction=0.3),
 }
