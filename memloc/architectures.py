@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from memloc import offloading
 from memloc.errors import ModelError
 from memloc.sites import Kind
 
@@ -120,6 +121,7 @@ class Row:
     @torch.no_grad()
     def bare_norm(self, norm: nn.Module, stream: Tensor) -> Tensor:
         """What `norm` makes of `stream` with its gain 1 and its bias 0, in the stream's dtype."""
+        norm = offloading.unhooked(norm)
         plain = {
             name: stream.new_full(stored.shape, 1 - self.norm_offset if name == "weight" else 0)
             for name, stored in norm.named_parameters()

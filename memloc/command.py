@@ -100,6 +100,10 @@ def common(parser: argparse.ArgumentParser, *names: str) -> None:
     filtered = "; FILE#key=value takes only those records"
     flags: dict[str, dict[str, Any]] = {
         "model": {"help": "checkpoint folder (or hub name)", "required": True},
+        "device-map": {
+            "help": "spread the model over devices, CPU and disk: auto, balanced or sequential (needs accelerate)",
+            "choices": ["auto", "balanced", "balanced_low_0", "sequential"],
+        },
         "passages": {
             "help": "passages, JSONL or any file `memloc validate` knows" + filtered,
             "type": DataFile.parse,
@@ -130,7 +134,7 @@ def common(parser: argparse.ArgumentParser, *names: str) -> None:
         },
         "seed": {"help": "seed of everything random (default: 0)", "type": int, "default": 0},
     }
-    for name in names:
+    for name in [*names, *(["device-map"] if "model" in names else [])]:
         parser.add_argument(f"--{name}", **flags[name])
 
 
@@ -143,7 +147,7 @@ def open_view(arguments: argparse.Namespace) -> ModelView:
     """The model the arguments name."""
     from memloc.view import ModelView
 
-    return ModelView.open(arguments.model, device=processes.device())
+    return ModelView.open(arguments.model, device=processes.device(), device_map=arguments.device_map)
 
 
 def read_passages(file: DataFile | None, view: ModelView, arguments: argparse.Namespace) -> Passages | None:

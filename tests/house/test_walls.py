@@ -18,7 +18,7 @@ from memloc.registry import Registry
 ROOT = Path(__file__).parents[2]
 
 FLOORS: tuple[str, ...] = (
-    "memloc.errors memloc.lazy memloc.progress memloc.slices memloc.statistics",
+    "memloc.errors memloc.lazy memloc.offloading memloc.progress memloc.slices memloc.statistics",
     "memloc memloc.flags memloc.hooks memloc.loading memloc.processes memloc.provenance memloc.registry",
     "memloc.sites memloc.store memloc.terminal",
     "memloc.architectures memloc.measurement memloc.methods memloc.passages memloc.scores",
@@ -39,6 +39,8 @@ FLOORS: tuple[str, ...] = (
     "editors.adapters",
     "editors.edit",
     "editors.base editors.checkpoint editors.control editors.hook_form editors.trial",
+    "editors.activity editors.prunings editors.silencing",
+    "editors.fisher_blocks editors.shared_subspace editors.trained_masks",
     "editors.export editors.rewriters editors.pruners editors.checks",
     "editors.demo editors.verbs",
     "editors.cli",
@@ -47,11 +49,12 @@ FLOORS: tuple[str, ...] = (
 
 HOOKS = {"memloc/hooks.py"}
 WRITERS = {
-    "editors/edit.py", "editors/descent.py", "memloc/architectures.py", "memloc/truth/planted.py",
-    "memloc/truth/injection.py", "memloc/lab",
+    "editors/edit.py", "editors/descent.py", "editors/trained_masks.py", "memloc/architectures.py",
+    "memloc/truth/planted.py", "memloc/truth/injection.py", "memloc/lab",
 }  # fmt: skip
 """Who may write a weight: the edit, which alone writes into a model it was given; the one line it writes through; and
-those that write into models of their own (descent, planting and injecting into a copy, the lab into what it trains)."""
+those that write into models of their own (descent, masks trained on a copy, planting and injecting into a copy, the lab
+into what it trains)."""
 
 HANDLES = {"parameter", "weight", "get_parameter", "parameters", "named_parameters", "state_dict"}
 """Method calls that hand out a model's own tensors."""

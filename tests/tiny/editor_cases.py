@@ -16,9 +16,18 @@ import zoo
 
 from editors.base import Request
 from editors.methods import EDITORS
+from editors.pruners.balanced_subnet import BalancedSubnet
+from editors.pruners.durable import Durable
+from editors.pruners.greedy import Greedy
+from editors.pruners.head_dropout import HeadDropout
+from editors.pruners.magnitude import Magnitude
 from editors.pruners.neuron_dropout import NeuronDropout
 from editors.rewriters.forget_passage import ForgetPassage
 from editors.rewriters.knowledge_neuron_surgery import KnowledgeNeuronSurgery
+from editors.pruners.obs import Obs
+from editors.pruners.random import Random as RandomPruning
+from editors.pruners.subnet import Subnet
+from editors.pruners.subspace import Subspace
 from editors.rewriters.rome import Rome
 from editors.rewriters.sparse_fine_tune import SparseFineTune
 from editors.rewriters.ultraedit import UltraEdit
@@ -56,11 +65,20 @@ DEFAULTS: Mapping[str, Case] = {
     "forget-passage": Case(ForgetPassage(rounds=2, tries=2, replay=8, kinds="mlp.out", protect=4)),
     "knowledge-neuron-surgery": Case(KnowledgeNeuronSurgery(), ("facts",), grain="neuron"),
     "ultraedit": Case(UltraEdit(lr=1e-2), ("facts",)),
+    "balanced-subnet": Case(BalancedSubnet(share=0.1, epochs=1)),
+    "durable": Case(Durable(share=0.05)),
+    "greedy": Case(Greedy(share=0.02, backwards=3)),
+    "head-dropout": Case(HeadDropout(), ("text",), grain="head", fraction=0.3),
+    "magnitude": Case(Magnitude(), (), grain="weight"),
     "neuron-dropout": Case(NeuronDropout(), grain="neuron"),
+    "obs": Case(Obs(share=0.05, gradients=4, block=7)),
+    "random": Case(RandomPruning(), (), grain="weight"),
     "rome": Case(
         Rome(layer=1, prefixes=(), kl_weight=0.0, token="subject-last", steps=4, namesakes=4, recalls=0),
         ("facts", "text"),
     ),
+    "subnet": Case(Subnet(share=0.1, epochs=1)),
+    "subspace": Case(Subspace(share=0.1)),
     "sparse-fine-tune": Case(SparseFineTune(**QUICK, floor=-30.0), grain="weight"),
 }
 """By method. One that is not here is tested as it comes, with forget, retain and text."""
@@ -71,6 +89,22 @@ VARIANTS: Mapping[str, Case] = {
     "ultraedit passages": Case(UltraEdit(lr=1e-2, rounds=2, kinds="mlp.in"), ("forget",), grain="layer", fraction=0.7),
     "neuron-dropout scale": Case(NeuronDropout(mode="scale", factor=0.5), grain="neuron"),
     "neuron-dropout heads": Case(NeuronDropout(), grain="head", fraction=0.3),
+    "head-dropout resample": Case(
+        HeadDropout(mode="resample"),
+        ("text",),
+        grain="head",
+        fraction=0.3,
+        refuses={"qwen3": "no bias", "falcon_new": "no bias"},
+    ),
+    "subspace directions": Case(Subspace(mode="directions", rank=3)),
+    "subspace directions of weights": Case(Subspace(mode="directions", rank=2), grain="weight"),
+    "obs that makes up": Case(Obs(share=0.05, gradients=4, block=7, compensate="keep")),
+    "magnitude of a selection": Case(Magnitude(order="largest"), (), grain="neuron"),
+    "random in a selection": Case(RandomPruning(share=0.5), ("text",), grain="component"),
+    "durable in a selection": Case(Durable(share=0.2, among="model"), grain="weight"),
+    "balanced-subnet in a selection": Case(
+        BalancedSubnet(share=0.3, epochs=1, mixing="both"), grain="component", fraction=0.4
+    ),
 }
 
 
