@@ -7,6 +7,8 @@ from memloc.registry import Registry
 EDITORS = Registry(
     "editor",
     {
+        "forget-passage": "editors.rewriters.forget_passage:ForgetPassage",
+        "knowledge-neuron-surgery": "editors.rewriters.knowledge_neuron_surgery:KnowledgeNeuronSurgery",
         "balanced-subnet": "editors.pruners.balanced_subnet:BalancedSubnet",
         "constrained-fine-tune": "editors.rewriters.constrained_fine_tune:ConstrainedFineTune",
         "curvature": "editors.pruners.curvature:Curvature",
@@ -28,6 +30,7 @@ EDITORS = Registry(
         "rome": "editors.rewriters.rome:Rome",
         "simnpo": "editors.rewriters.simnpo:Simnpo",
         "sparse-fine-tune": "editors.rewriters.sparse_fine_tune:SparseFineTune",
+        "ultraedit": "editors.rewriters.ultraedit:UltraEdit",
         "subnet": "editors.pruners.subnet:Subnet",
         "subspace": "editors.pruners.subspace:Subspace",
         "svd": "editors.pruners.svd:Svd",

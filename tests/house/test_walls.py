@@ -41,6 +41,11 @@ FLOORS: tuple[str, ...] = (
     "editors.silencing editors.spectra",
     "editors.binding editors.edit_record editors.training",
     "editors.adapters editors.band editors.edit_file editors.teaching",
+    "editors editors.methods editors.deltas editors.rounding editors.packing editors.shards editors.masks",
+    "editors.contexts editors.patch editors.descent editors.replay editors.keep editors.least_squares",
+    "editors.binding editors.alternative editors.keys_values editors.least_change editors.odds editors.own_words",
+    "editors.disk_names editors.edit_file editors.edit_record editors.model_card",
+    "editors.adapters",
     "editors.edit",
     "editors.checkpoint editors.checks editors.control editors.prunings editors.shared_subspace "
     "editors.trade_offs editors.unlearning",

@@ -26,6 +26,8 @@ from editors.pruners.layer_rewind import LayerRewind
 from editors.pruners.layernorm_removal import LayernormRemoval
 from editors.pruners.magnitude import Magnitude
 from editors.pruners.neuron_dropout import NeuronDropout
+from editors.rewriters.forget_passage import ForgetPassage
+from editors.rewriters.knowledge_neuron_surgery import KnowledgeNeuronSurgery
 from editors.pruners.obs import Obs
 from editors.pruners.random import Random as RandomPruning
 from editors.pruners.subnet import Subnet
@@ -42,6 +44,7 @@ from editors.rewriters.rome import Rome
 from editors.rewriters.simnpo import Simnpo
 from editors.rewriters.sparse_fine_tune import SparseFineTune
 from editors.rewriters.task_vector import TaskVector
+from editors.rewriters.ultraedit import UltraEdit
 from memloc.localizers.random import Random
 from memloc.passages import Fact, Facts, Prompt
 from memloc.view import ModelView
@@ -84,6 +87,9 @@ DEFAULTS: Mapping[str, Case] = {
     "fuse": Case(lambda view, folder: Fuse(others=(other(view, folder),)), (), hooks=False),
     "layer-rewind": Case(lambda view, folder: LayerRewind(earlier=other(view, folder)), (), hooks=False),
     "layernorm-removal": Case(LayernormRemoval(), (), hooks=False, refuses={"olmo": "no gains or biases"}),
+    "forget-passage": Case(ForgetPassage(rounds=2, tries=2, replay=8, kinds="mlp.out", protect=4)),
+    "knowledge-neuron-surgery": Case(KnowledgeNeuronSurgery(), ("facts",), grain="neuron"),
+    "ultraedit": Case(UltraEdit(lr=1e-2), ("facts",)),
     "balanced-subnet": Case(BalancedSubnet(share=0.1, epochs=1)),
     "durable": Case(Durable(share=0.05)),
     "greedy": Case(Greedy(share=0.02, backwards=3)),
@@ -145,6 +151,9 @@ VARIANTS: Mapping[str, Case] = {
         Curvature(correction=True, labels="true", layers=(1,)), ("text",), grain="head", fraction=0.5
     ),
     "svd of neurons": Case(Svd(energy=0.5), (), grain="neuron", fraction=0.3),
+    "forget-passage attention": Case(ForgetPassage(rounds=3, tries=2, replay=0, rank=2, kinds="attn.v,attn.out")),
+    "knowledge-neuron-surgery replace": Case(KnowledgeNeuronSurgery(mode="replace"), ("facts",), grain="neuron"),
+    "ultraedit passages": Case(UltraEdit(lr=1e-2, rounds=2, kinds="mlp.in"), ("forget",), grain="layer", fraction=0.7),
     "neuron-dropout scale": Case(NeuronDropout(mode="scale", factor=0.5), grain="neuron"),
     "neuron-dropout heads": Case(NeuronDropout(), grain="head", fraction=0.3),
     "head-dropout resample": Case(
