@@ -12,9 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from editors.methods import EDITORS
-from editors.verbs import export, sweep
-from editors.verbs import editability, export
-from editors.verbs import export, verify
+from editors.verbs import editability, export, sweep, verify
 from editors.verbs.export import print_written
 from memloc import cli as looking
 from memloc import command, processes
