@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from editors.base import Request
-from editors.deltas import Delta, Sparse
+from editors.deltas import Delta, LowRank, Sparse
 from editors.edit import Edit
 from editors.masks import Masks, digest, share, weight_masks
 from memloc.errors import InputError, ModelError
@@ -182,19 +182,22 @@ def pruning(
         method: the pruner's name.
         settings: its settings.
         request: what it was asked.
-        deltas: where more than the pruned weights change.
+        deltas: where more than the pruned weights change; where they make no weight zero, as a change of low rank
+            does not, nothing is counted as pruned.
         notes: beside the counts.
     """
     inputs = {**request.inputs(view), "masks": digest(masks)}
     if request.selection is not None:
         inputs["selection"] = digest(weight_masks(view, request.selection))
     dead = sum(int((view.weight(site).detach().cpu()[mask] == 0).sum()) for site, mask in masks.items())
-    counts = {
+    counts: dict[str, Any] = {
         "pruned": sum(int(mask.sum()) for mask in masks.values()),
         "zero before": dead,
         "share of the model": share(view, masks),
         "by site": {str(site): int(mask.sum()) for site, mask in sorted(masks.items())},
     }
+    if deltas is not None and any(isinstance(delta, LowRank) for delta in deltas.values()):
+        counts = {}
     provenance = Provenance(method, settings, request.seed, inputs)
     return Edit.of(
         view, zeroed(view, masks) if deltas is None else deltas, provenance, notes={**counts, **(notes or {})}
