@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from editors.base import Request
-from editors.deltas import Delta, LowRank, Sparse
+from editors.deltas import Delta, Sparse
 from editors.edit import Edit
 from editors.masks import Masks, digest, share, weight_masks
 from memloc.errors import InputError, ModelError
@@ -173,6 +173,7 @@ def pruning(
     *,
     deltas: Mapping[Site, Delta] | None = None,
     notes: Mapping[str, Any] | None = None,
+    counted: bool = True,
 ) -> Edit:
     """The edit that prunes `masks`.
 
@@ -182,9 +183,9 @@ def pruning(
         method: the pruner's name.
         settings: its settings.
         request: what it was asked.
-        deltas: where more than the pruned weights change; where they make no weight zero, as a change of low rank
-            does not, nothing is counted as pruned.
+        deltas: where more than the pruned weights change.
         notes: beside the counts.
+        counted: whether `masks` become zero; where they are only what changes, nothing is counted as pruned.
     """
     inputs = {**request.inputs(view), "masks": digest(masks)}
     if request.selection is not None:
@@ -196,7 +197,7 @@ def pruning(
         "share of the model": share(view, masks),
         "by site": {str(site): int(mask.sum()) for site, mask in sorted(masks.items())},
     }
-    if deltas is not None and any(isinstance(delta, LowRank) for delta in deltas.values()):
+    if not counted:
         counts = {}
     provenance = Provenance(method, settings, request.seed, inputs)
     return Edit.of(
