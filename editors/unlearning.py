@@ -70,7 +70,7 @@ class Descending:
         steps: at most that many.
         lr: step size, in units of a weight.
         target_rows: targets in a step.
-        stop: "band": a target whose mean log p per token is well below the floor leaves the loss till it comes back, and
+        stop: "band": a target whose mean log p per token is well below the floor leaves the loss until back, and
             the run ends once all are at or below it and the kept rows are close; "steps": take all steps, as published.
         floor: nats per token; by default four fifths of the model's own mean on `text`, or -4 without text.
         close: of the keep term, mean over `patience` steps, for the run to end.
