@@ -39,8 +39,8 @@ def edited(tiny_lab, command):
 
 
 def test_the_suggestion_of_an_edit_runs(edited, tiny_lab, command):
-    code, _, said = edited
-    assert code == 0, said
+    code, said, err = edited
+    assert code == 0, err
     line = next(line for line in said.splitlines() if "memloc verify" in line)
     words = shlex.split(line[line.index("memloc verify") :])[1:]
     words[words.index("NEVER-SEEN")] = str(tiny_lab / "controls.jsonl")
