@@ -32,15 +32,10 @@ def magnitude_like(edit: Edit, view: ModelView) -> Edit:
     """
     deltas: dict[Site, Delta] = {}
     for site, delta in edit.deltas.items():
-        weight = _stored(view, site).detach().float().cpu()
-        deltas[site] = _shrunk(delta, weight)
+        deltas[site] = _shrunk(delta, view.weight(site).detach().float().cpu())
     settings: dict[str, Any] = {**edit.provenance.settings, "control_of": edit.provenance.method}
     provenance = replace(edit.provenance, method="magnitude", settings=settings)
     return Edit.of(view, deltas, provenance, rounding=edit.rounding, rounding_seed=edit.rounding_seed)
-
-
-def _stored(view: ModelView, site: Site) -> Tensor:
-    return view.weight(site)
 
 
 def _shrunk(delta: Delta, weight: Tensor) -> Delta:
