@@ -64,6 +64,7 @@ _MEANING = {
     Kind.ATTN_Q: "queries", Kind.ATTN_K: "keys", Kind.ATTN_V: "values",
     Kind.ATTN_OUT: "output of attention; its input holds the heads", Kind.MLP_GATE: "gate of the MLP",
     Kind.MLP_IN: "into the MLP", Kind.MLP_OUT: "out of the MLP; its input holds the neurons",
+    Kind.MLP_ROUTER: "what chooses among the experts",
     Kind.EMBED: "token embedding", Kind.UNEMBED: "unembedding",
 }  # fmt: skip
 

@@ -18,7 +18,7 @@ from memloc.registry import Registry
 ROOT = Path(__file__).parents[2]
 
 FLOORS: tuple[str, ...] = (
-    "memloc.errors memloc.lazy memloc.progress memloc.slices memloc.statistics",
+    "memloc.errors memloc.experts memloc.lazy memloc.progress memloc.slices memloc.statistics",
     "memloc memloc.flags memloc.hooks memloc.loading memloc.processes memloc.provenance memloc.registry",
     "memloc.sites memloc.store memloc.terminal",
     "memloc.architectures memloc.measurement memloc.methods memloc.passages memloc.scores",
