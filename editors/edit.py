@@ -84,6 +84,8 @@ class Edit:
     ) -> Edit:
         """Bind `deltas` to the weights of `view`, which are read and not changed.
 
+        A delta of all experts' maps side by side becomes one of each expert's map that it changes.
+
         Cost: one copy of each touched parameter, two digests of it, and the way back.
 
         Args:
@@ -98,6 +100,7 @@ class Edit:
             InputError: no delta, another shape, or two sites that overlap.
             ModelError: a touched weight is quantised, offloaded, tied, or not finite, or would not be finite.
         """
+        deltas = _by_unit(view, deltas)
         bound = {site: _bind(view, site) for site in deltas}
         edit = cls(deltas, bound, provenance, rounding, rounding_seed, dict(notes or {}))
         touched = dict(bound)
@@ -224,7 +227,7 @@ class Edit:
             edit.change(stored, sites)
             edit.touched[sites[0]].expect_result(sites[0], digest_tensor(stored))
             results[parameter] = stored
-        _exchange(view, results)
+        _exchange({name: _live(view, edit.touched[edit.parameters[name][0]]) for name in results}, results)
         return Applied(edit, view)
 
     def rebased(self, view: ModelView) -> Edit:
@@ -379,7 +382,8 @@ class Applied:
             self.edit.change_back(stored, sites)
             touched.expect_restored(sites[0], digest_tensor(stored))
             results[parameter] = stored
-        _exchange(self.view, results)
+        own = {name: self.edit.touched[self.edit.parameters[name][0]] for name in results}
+        _exchange({name: _live(self.view, touched) for name, touched in own.items()}, results)
         self.active = False
 
     def __enter__(self) -> Applied:
@@ -391,20 +395,40 @@ class Applied:
         self.undo()
 
 
-def _exchange(view: ModelView, results: dict[str, Tensor]) -> None:
-    """Write `results` into the live parameters; `results` holds the old values afterwards. All or none."""
+def _by_unit(view: ModelView, deltas: Mapping[Site, Delta]) -> dict[Site, Delta]:
+    """Deltas of maps as they are stored: those of all experts side by side, expert by expert."""
+    found: dict[Site, Delta] = {}
+    for site, delta in deltas.items():
+        units, place = view.units(site), view.place(site)
+        if units == (site,):
+            parts: dict[Site, Delta] = {site: delta}
+        else:
+            _check_delta(site, delta, tuple(view.weight(site).shape))
+            split = forms.by_expert(delta, len(units), columns=place.joined == "columns")
+            parts = {unit: part for unit, part in zip(units, split, strict=True) if part.norm()} or {units[0]: split[0]}
+        for unit, part in parts.items():
+            found[unit] = forms.add(found[unit], part) if unit in found else part
+    return found
+
+
+def _live(view: ModelView, touched: Touched) -> Tensor:
+    """The stored matrix in the live model, on its own memory."""
+    return touched.place.matrix(view.model.get_parameter(touched.place.parameter).detach())
+
+
+def _exchange(live: Mapping[str, Tensor], results: dict[str, Tensor]) -> None:
+    """Write `results` into the live matrices; `results` holds the old values afterwards. All or none."""
     started: list[str] = []
     try:
         for parameter in results:
-            live = view.model.get_parameter(parameter)
-            new, results[parameter] = results[parameter], live.detach().to("cpu", copy=True)
+            new, results[parameter] = results[parameter], live[parameter].to("cpu", copy=True)
             started.append(parameter)
             with torch.no_grad():
-                live.copy_(new)
+                live[parameter].copy_(new)
     except BaseException:
         for parameter in started:
             with torch.no_grad():
-                view.model.get_parameter(parameter).copy_(results[parameter])
+                live[parameter].copy_(results[parameter])
         raise
 
 
@@ -419,13 +443,13 @@ def _bind(view: ModelView, site: Site) -> Touched:
     if others:
         names = " and ".join([place.parameter, *others])
         raise ModelError(f"{site}: {names} are one tensor, tied; an edit of one would be an edit of both")
-    return Touched(place, dtype, tuple(live.shape), "")
+    return Touched(place, dtype, tuple(place.matrix(live).shape), "")
 
 
 def _copy(view: ModelView, site: Site) -> Tensor:
     """The stored parameter of `site`, copied to the CPU; checked to be one that can be edited."""
     _bind(view, site)
-    return slices.whole(view.parameter(site).detach()).to("cpu", copy=True).contiguous()
+    return view.place(site).matrix(slices.whole(view.parameter(site).detach())).to("cpu", copy=True).contiguous()
 
 
 def _found(stored: Tensor) -> Found:

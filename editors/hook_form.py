@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 
 from torch import Tensor
 
 from editors.deltas import Delta, LowRank
 from memloc.errors import InputError
-from memloc.sites import Site
+from memloc.sites import ALL, Site
 from memloc.view import ModelView
 
 
@@ -37,9 +38,10 @@ def as_if(view: ModelView, deltas: Mapping[Site, Delta]) -> Iterator[None]:
     for site in deltas:
         if not site.kind.in_block:
             raise InputError(f"{site}: only maps inside blocks can be changed by hooks; apply the edit instead")
-    sites = sorted({Site(site.layer, site.kind) for site in deltas})
+    sites = sorted({replace(site, bias=False) for site in deltas})
     parts = {site: _factors(deltas[site], view) for site in deltas if not site.bias}
-    rows = {site: view.place(site).rows for site in sites}
+    # What an expert's map puts out is shown by itself, though gate and `mlp.in` lie in one parameter.
+    rows = {site: view.place(site).rows if site.expert == ALL else None for site in sites}
 
     def change(site: Site, output: Tensor) -> Tensor:
         more = output.new_zeros(()).float()
@@ -48,7 +50,7 @@ def as_if(view: ModelView, deltas: Mapping[Site, Delta]) -> Iterator[None]:
             for factor in parts[site]:
                 read = read @ factor.T
             more = read
-        bias = Site(site.layer, site.kind, bias=True)
+        bias = replace(site, bias=True)
         if bias in deltas:
             more = more + deltas[bias].dense().to(output.device)
         if rows[site] is None:

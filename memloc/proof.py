@@ -37,7 +37,7 @@ def prove_row(view: ModelView) -> None:
     generator = torch.Generator().manual_seed(0)
     length = min(6, view.context or 6)
     batch = pad(torch.randint(view.vocab, (2, length), generator=generator).tolist(), device=view.device)
-    sites = view.sites(*view.kinds)
+    sites = view.sites(*view.kinds, Kind.MLP_ROUTER)
     layers = range(view.layers)
     with (
         torch.no_grad(),
@@ -105,7 +105,7 @@ def _norms(view: ModelView) -> dict[NormSide, hooks.Point]:
 
 
 def _reads(view: ModelView, path: str) -> bool:
-    return any(view.row.norms.get(kind) == path for kind in view.kinds)
+    return any(view.row.norms.get(kind) == path for kind in (*view.kinds, Kind.MLP_ROUTER))
 
 
 def _prove_norm(view: ModelView, site: Site, entering: Tensor, seen: Mapping[NormSide, Tensor]) -> None:

@@ -129,7 +129,7 @@ class Site:
         found = _NAME.match(name)
         kinds = {str(kind) for kind in Kind}
         if found is None or found["kind"] not in kinds:
-            raise InputError(f"no site called {name!r}; expected L<layer>.<kind> (of one expert: .E<number> behind it), "
+            raise InputError(f"no site called {name!r}; expected L<layer>.<kind> (of an expert: .E<number> behind it), "
                              f"kinds: {', '.join(sorted(kinds))}")  # fmt: skip
         layer = OUTSIDE if found["layer"] is None else int(found["layer"])
         expert = ALL if found["expert"] is None else int(found["expert"])

@@ -249,8 +249,11 @@ class ModelView:
 
     @property
     def kinds(self) -> tuple[Kind, ...]:
-        """The kinds of linear map a block of this family has."""
-        inside = [kind for kind in Kind if kind.in_block]
+        """The kinds of linear map a block of this family has, whose both sides can be read and replaced.
+
+        Not the router of a mixture: what it puts out is read (`Kind.MLP_ROUTER`), but its module goes on to choose.
+        """
+        inside = [kind for kind in Kind if kind.in_block and kind is not Kind.MLP_ROUTER]
         return tuple(kind for kind in inside if any(self.has(Site(layer, kind)) for layer in range(self.layers)))
 
     def parameter(self, site: Site) -> nn.Parameter:
@@ -300,12 +303,18 @@ class ModelView:
         enters `mlp.out` are all experts' neurons, times the router's weights, and 0 where a token is not sent to the
         expert; what enters and leaves the maps of one expert is its part of that.
         """
+        sites = tuple(sites)
+        if grad and side == "output":
+            _refuse_routers(sites)
         return hooks.record(self._points(sites, side), grad=grad, stop=stop and self._stops, by=self.engine.visiting)
 
     def replace(
         self, sites: Iterable[Site], change: Callable[[Site, Tensor], Tensor], *, side: hooks.Side = "input"
     ) -> AbstractContextManager[None]:
         """Put `change(site, tensor)` in the place of what flows into (or out of) `sites`; see `hooks.replace`."""
+        sites = tuple(sites)
+        if side == "output":
+            _refuse_routers(sites)
         return hooks.replace(self._points(sites, side), change, by=self.engine.visiting)
 
     def record_blocks(
@@ -542,6 +551,13 @@ class ModelView:
                 raise ModelError(
                     f"{name} holds values that are not finite (NaN or infinite); the checkpoint is damaged"
                 )
+
+
+def _refuse_routers(sites: Iterable[Site]) -> None:
+    for site in sites:
+        if site.kind is Kind.MLP_ROUTER:
+            why = "what a router puts out can only be read, for its module goes on to choose with it"
+            raise InputError(f"{site}: {why}; take what it reads, or its weight")
 
 
 class Tail:

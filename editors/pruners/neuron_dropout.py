@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -109,4 +109,4 @@ def _columns(view: ModelView, site: Site) -> Tensor:
 
 
 def _bias(site: Site) -> Site:
-    return Site(site.layer, site.kind, bias=True)
+    return replace(site, bias=True)

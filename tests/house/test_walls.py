@@ -36,6 +36,7 @@ FLOORS: tuple[str, ...] = (
     "editors.contexts editors.patch editors.descent editors.replay editors.keep editors.least_squares",
     "editors.binding editors.alternative editors.keys_values editors.own_words",
     "editors.disk_names editors.edit_file editors.edit_record editors.model_card",
+    "editors.stored_matrix",
     "editors.adapters",
     "editors.edit",
     "editors.base editors.checkpoint editors.control editors.hook_form editors.trial",
