@@ -14,7 +14,7 @@ from torch import Tensor
 
 from editors.deltas import Delta, LowRank
 from memloc.errors import InputError
-from memloc.sites import ALL, Site
+from memloc.sites import Site
 from memloc.view import ModelView
 
 
@@ -40,8 +40,7 @@ def as_if(view: ModelView, deltas: Mapping[Site, Delta]) -> Iterator[None]:
             raise InputError(f"{site}: only maps inside blocks can be changed by hooks; apply the edit instead")
     sites = sorted({replace(site, bias=False) for site in deltas})
     parts = {site: _factors(deltas[site], view) for site in deltas if not site.bias}
-    # What an expert's map puts out is shown by itself, though gate and `mlp.in` lie in one parameter.
-    rows = {site: view.place(site).rows if site.expert == ALL else None for site in sites}
+    rows = {site: view.place(site).shown for site in sites}
 
     def change(site: Site, output: Tensor) -> Tensor:
         more = output.new_zeros(()).float()

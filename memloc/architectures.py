@@ -175,6 +175,11 @@ class Place:
         """Name of the stored matrix: the parameter's, with the expert's number where the parameter holds several."""
         return self.parameter if self.expert is None else f"{self.parameter}[{self.expert}]"
 
+    @property
+    def shown(self) -> slice | tuple[int, ...] | None:
+        """Which columns of what `record` shows as the site's output are its own: a fused matrix is shown whole."""
+        return None if self.joined or self.expert is not None else self.rows
+
     def matrix(self, stored: Tensor) -> Tensor:
         """The stored matrix the weight lies in: the parameter itself, or one expert's part of it."""
         return stored if self.expert is None else stored[self.expert]

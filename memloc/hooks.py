@@ -139,7 +139,8 @@ class Call:
     def again(self, module: nn.Module, tensor: Tensor) -> Any:
         """The module's result on another tensor, of as many rows, or of any number where the call had one."""
         call = self.fitted(len(tensor))
-        return module(tensor, *call.args, **call.kwargs)
+        # Some blocks take a view of what they are handed, which must lie in one piece.
+        return module(tensor.contiguous(), *call.args, **call.kwargs)
 
     def fitted(self, rows: int) -> Call:
         """The call for so many rows, where it had one: what is not broadcast over rows is repeated."""

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from memloc import hooks, slices
-from memloc.batches import pad
+from memloc.batches import Batch, pad
 from memloc.errors import ModelError
 from memloc.sites import Kind, Site
 
@@ -48,7 +48,7 @@ def prove_row(view: ModelView) -> None:
         view.record_routing(layers) as routed,
         hooks.record(_norms(view)) as normed,
     ):
-        logits = view.logits(batch)
+        logits = _logits(view, batch)
     _all_called(sites, inputs, normed, view)
     for site in sites:
         _prove_map(view, site, inputs[site], _own(view, site, outputs), _sent(view, site, routed))
@@ -71,6 +71,17 @@ def prove_row(view: ModelView) -> None:
     with torch.no_grad():
         spoken = view.unembed(view.final_norm(after[view.layers - 1]))
     _same("unembed", "the logits", spoken, logits, "the unembedded final norm; check final_norm and unembed")
+
+
+def _logits(view: ModelView, batch: Batch) -> Tensor:
+    try:
+        return view.logits(batch)
+    except RuntimeError as error:
+        if view.row.experts is None:
+            raise
+        why = " ".join(str(error).split())[:120]
+        raise ModelError(f"{view.name}: its own forward pass fails ({why}); a grouped product of experts takes no "
+                         "float64 and no odd sizes: model.set_experts_implementation('eager')") from error  # fmt: skip
 
 
 def _sent(view: ModelView, site: Site, routed: Mapping[int, Tensor]) -> Tensor | None:
@@ -187,8 +198,8 @@ def _contents(module: nn.Module) -> Iterator[object]:
 
 def _own(view: ModelView, site: Site, outputs: Mapping[Site, Tensor]) -> Tensor:
     """What the site's map put out, of a shared matrix its own part."""
-    rows, shared = view.place(site).rows, not view.place(site).joined
-    if rows is None or not shared:
+    rows = view.place(site).shown
+    if rows is None:
         return outputs[site]
     return outputs[site][..., rows if isinstance(rows, slice) else list(rows)]
 
