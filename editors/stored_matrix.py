@@ -10,8 +10,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from editors.disk_names import Stored
-from editors.shards import Entry, Weights
+from editors.disk_names import Stored, locate
+from editors.shards import Entry, Weights, open_weights
 from memloc.architectures import Place
 from memloc.errors import CheckpointError
 from memloc.provenance import digest_parts
@@ -81,6 +81,20 @@ class Matrix:
     def _chunks(self, folder: Path) -> Iterator[memoryview]:
         for part in self.parts.values():
             yield from part.chunks(folder)
+
+
+def experts_of(folder: Path, parameter: str) -> int:
+    """How many experts' matrices a parameter holds, as the folder's headers tell.
+
+    Raises:
+        CheckpointError: it is not there, or holds none.
+    """
+    weights = open_weights(folder)
+    stored = locate(weights, [parameter])[parameter]
+    shape = weights.entries[stored.names[0]].shape
+    if not stored.experts and (stored.converted or len(shape) != 3):
+        raise CheckpointError(f"{folder}: {parameter} holds no experts; nothing was written")
+    return len(stored.experts) or shape[0]
 
 
 def stored_matrix(weights: Weights, stored: Stored, place: Place) -> Matrix:

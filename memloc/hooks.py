@@ -15,6 +15,7 @@ from typing import Any, Literal, Protocol, TypeVar
 from torch import Tensor, nn
 
 from memloc import experts, slices
+from memloc.errors import ModelError
 
 K = TypeVar("K")
 Side = Literal["input", "output"]
@@ -53,6 +54,19 @@ class Point:
     block: nn.Module | None = None
     overwritten: bool = False
     inside: Inside | None = None
+
+
+def refuse_inside(points: Mapping[K, Point]) -> None:
+    """For engines that run a module of experts as it is.
+
+    Raises:
+        ModelError: a point is inside one.
+    """
+    for key, point in points.items():
+        if point.inside is not None:
+            raise ModelError(
+                f"{key}: the inside of a module of experts is visited by plain hooks only; take engine hooks"
+            )
 
 
 class Visiting(Protocol):

@@ -229,6 +229,12 @@ class ModelView:
                              "and mixtures of experts); what needs one number for all does not work on it")  # fmt: skip
         return self.widths[0]
 
+    @property
+    def told_neurons(self) -> int | str:
+        """Neurons of a block, for people: a range where blocks differ."""
+        least, most = min(self.widths), max(self.widths)
+        return most if least == most else f"{least} to {most}"
+
     def block(self, layer: int) -> nn.Module:
         """Block `layer`."""
         if not 0 <= layer < self.layers:

@@ -42,7 +42,9 @@ class Card:
 
 
 def _view(view: ModelView) -> Card:
-    shape = f"{view.row.family}, {view.layers} layers, width {view.width}, {view.heads} heads, {view.neurons} neurons"
+    shape = (
+        f"{view.row.family}, {view.layers} layers, width {view.width}, {view.heads} heads, {view.told_neurons} neurons"
+    )
 
     def body() -> Iterable[str]:
         total = sum(parameter.numel() for parameter in view.model.parameters())
