@@ -80,6 +80,7 @@ class Snapshot:
             return parameter
         known = {f"{base}.{parameter}" for base in BASES} | {ALIASES.get(parameter, "")}
         known |= {parameter.removeprefix(f"{base}.") for base in BASES}
+        known |= {parameter.replace(".mlp.", ".block_sparse_moe.")}  # Mixtral's router
         found = sorted(known & self.files.keys())
         if len(found) == 1:
             return found[0]
