@@ -142,7 +142,9 @@ class Adapter:
     def _expect_digests(self, view: ModelView, told: Mapping[str, Mapping[str, Any]]) -> None:
         for name, entry in told.items():
             try:
-                found = digest_tensor(view.model.get_parameter(entry["parameter"]))
+                parameter, _, expert = entry["parameter"].removesuffix("]").partition("[")
+                live = view.model.get_parameter(parameter)
+                found = digest_tensor(live[int(expert)] if expert else live)
             except AttributeError:
                 where = f"{self.folder}: its record names {entry['parameter']}"
                 raise MismatchError(f"{where}, which {view.name} has not: another base") from None

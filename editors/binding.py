@@ -34,7 +34,7 @@ class Touched:
     Attributes:
         place: parameter name, orientation, rows.
         dtype: safetensors name of the stored dtype.
-        shape: of the whole stored parameter.
+        shape: of the whole stored parameter, or of the one expert's matrix in it.
         before: digest of the whole stored parameter before the edit.
         after: and after all of the edit; None for sums and negatives, which no weight has seen yet.
         way_back: bits that repair `cast(new - delta)`, packed; None where `after` is.
@@ -55,8 +55,8 @@ class Touched:
 
     @property
     def parameter(self) -> str:
-        """The live model's name of the stored parameter."""
-        return self.place.parameter
+        """The live model's name of the stored matrix: a parameter's, or that of an expert's part of one."""
+        return self.place.unit
 
     def unseen(self) -> Touched:
         """The same binding, with nothing known about the result."""

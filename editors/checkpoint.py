@@ -32,6 +32,7 @@ from editors.edit import Edit
 from editors.edit_record import MANIFEST, read_record, record_of, write_record
 from editors.patch import DTYPES, Survival
 from editors.shards import INDEX, PICKLES, Entry, Weights, open_weights
+from editors.stored_matrix import Matrix, stored_matrix
 from memloc.errors import CheckpointError, MismatchError
 from memloc.provenance import digest_raw
 from memloc.sites import Kind, Site
@@ -113,8 +114,7 @@ def apply_edit(
         survived.update(edit.change(stored, sites))
 
     listed = read_record(job.source)
-    for name, sites in job.tensors.items():
-        job.check(name, sites, Touched.expect_before)
+    job.check(Touched.expect_before)
 
     def told() -> list[dict[str, Any]]:
         return [*listed, record_of(edit, job.tensors, survived, evidence)]
@@ -144,8 +144,7 @@ def undo_edit(edit: Edit, model: str | Path, out: str | Path, *, link: bool = Fa
         if listed[place]["edit"] == edit.digest:
             del left[place]
             break
-    for name, sites in job.tensors.items():
-        job.check(name, sites, Touched.expect_after)
+    job.check(Touched.expect_after)
     return job.write(edit.change_back, Touched.expect_restored, lambda: left, {})
 
 
@@ -156,9 +155,7 @@ def expect_base(edit: Edit, model: str | Path) -> None:
         CheckpointError: the folder cannot be read safely, or lacks a tensor.
         MismatchError: the weights are not those the edit was made for, or the edit is already applied.
     """
-    job = _Job(edit, Path(model), Path(model), link=False)
-    for name, sites in job.tensors.items():
-        job.check(name, sites, Touched.expect_before)
+    _Job(edit, Path(model), Path(model), link=False).check(Touched.expect_before)
 
 
 class _Job:
@@ -167,29 +164,31 @@ class _Job:
     def __init__(self, edit: Edit, source: Path, out: Path, link: bool) -> None:
         self.edit, self.source, self.out, self.link = edit, source, out, link
         self.weights = open_weights(source)
+        places = {unit: edit.touched[sites[0]].place for unit, sites in edit.parameters.items()}
+        kept = locate(self.weights, dict.fromkeys(place.parameter for place in places.values()))
+        self.matrices = {
+            unit: stored_matrix(self.weights, kept[place.parameter], place) for unit, place in places.items()
+        }
         self.tensors: dict[str, list[Site]] = {}
-        for parameter, stored in locate(self.weights, edit.parameters).items():
-            if stored.converted or len(stored.names) > 1:
-                raise CheckpointError(
-                    f"{source}: {parameter} is computed on load from {len(stored.names)} stored tensors, the first "
-                    f"{stored.names[0]}; save the model in its own layout and edit that; nothing was written"
-                )
-            self.tensors[stored.names[0]] = edit.parameters[parameter]
-        for name, sites in self.tensors.items():
-            self._check_kind(name, sites)
+        for unit, matrix in self.matrices.items():
+            for site in edit.parameters[unit]:
+                for name in matrix.within(edit.touched[site].place.rows):
+                    self.tensors.setdefault(name, []).append(site)
+            self._check_kind(matrix, edit.parameters[unit])
 
-    def check(self, name: str, sites: list[Site], expect: Callable[[Touched, Site, Found], None]) -> None:
-        """Whether the stored tensor is as `expect`, a check of the binding's, wants it."""
-        entry = self.weights.entries[name]
-        where = str(self.source / entry.file)
-        found = Found(entry.dtype, entry.shape, entry.digest(self.source), where)
-        try:
-            expect(self.edit.touched[sites[0]], sites[0], found)
-        except MismatchError:
-            if not bool(torch.isfinite(_tensor(entry.read(self.source), entry)).all()):
-                why = "holds values that are not finite (NaN or infinite); the checkpoint is damaged"
-                raise CheckpointError(f"{where}: {name} {why}; nothing was written") from None
-            raise
+    def check(self, expect: Callable[[Touched, Site, Found], None]) -> None:
+        """Whether every stored matrix is as `expect`, a check of the binding's, wants it."""
+        for unit, matrix in self.matrices.items():
+            site = self.edit.parameters[unit][0]
+            where = str(self.source / matrix.files)
+            found = Found(matrix.dtype, matrix.shape, matrix.digest(self.source), where)
+            try:
+                expect(self.edit.touched[site], site, found)
+            except MismatchError:
+                if not bool(torch.isfinite(_tensor(matrix.read(self.source), matrix)).all()):
+                    why = "holds values that are not finite (NaN or infinite); the checkpoint is damaged"
+                    raise CheckpointError(f"{where}: {' and '.join(matrix.parts)} {why}; nothing was written") from None
+                raise
 
     def write(
         self,
@@ -202,7 +201,7 @@ class _Job:
     ) -> Written:
         """Copy everything, change the touched tensors in the copy, write the record (and the card, where asked)."""
         carried, dropped = _sort_out(self.weights)
-        touched = {self.weights.entries[name].file for name in self.tensors}
+        touched = {part.file for m in self.matrices.values() for name, part in m.parts.items() if name in self.tensors}
         linked: list[str] = []
         with fresh_folder(self.out) as part:
             for name in carried:
@@ -210,8 +209,8 @@ class _Job:
                     linked.append(name)
                 else:
                     _copy(self.source / name, part / name)
-            for name, sites in self.tensors.items():
-                self._change(part, name, sites, change, expect)
+            for unit in self.matrices:
+                self._change(part, unit, change, expect)
             listed = manifest()
             if listed:
                 write_record(part, listed)
@@ -223,20 +222,21 @@ class _Job:
     def _change(
         self,
         part: Path,
-        name: str,
-        sites: list[Site],
+        unit: str,
         change: Callable[[Tensor, list[Site]], Any],
         expect: Callable[[Touched, Site, str], None],
     ) -> None:
-        """Change one tensor in the copy. Its own function, so that its bytes are freed before the next one is read."""
-        entry = self.weights.entries[name]
-        data = entry.read(part)
-        change(_tensor(data, entry), sites)
-        expect(self.edit.touched[sites[0]], sites[0], digest_raw(entry.dtype, entry.shape, memoryview(data)))
-        _put(part / entry.file, entry.start, data)
+        """Change one matrix in the copy. Its own function, so that its bytes are freed before the next one is read."""
+        matrix, sites = self.matrices[unit], self.edit.parameters[unit]
+        data = matrix.read(part)
+        change(_tensor(data, matrix), sites)
+        expect(self.edit.touched[sites[0]], sites[0], digest_raw(matrix.dtype, matrix.shape, memoryview(data)))
+        for name, entry, own in matrix.cut(data):
+            if name in self.tensors:
+                _put(part / entry.file, entry.start, own)
 
-    def _check_kind(self, name: str, sites: list[Site]) -> None:
-        entry = self.weights.entries[name]
+    def _check_kind(self, matrix: Matrix, sites: list[Site]) -> None:
+        name, entry = next(iter(matrix.parts.items()))
         where = self.source / entry.file
         if entry.dtype not in DTYPES:
             raise CheckpointError(
@@ -260,8 +260,8 @@ def _tied(weights: Weights, entry: Entry) -> bool:
     return sum(other.shape == entry.shape for other in weights.entries.values()) < 2
 
 
-def _tensor(data: bytearray, entry: Entry) -> Tensor:
-    """The stored tensor on the memory of `data`."""
+def _tensor(data: bytearray, entry: Matrix) -> Tensor:
+    """The stored matrix on the memory of `data`."""
     if not data:
         return torch.empty(entry.shape, dtype=DTYPES[entry.dtype])
     return torch.frombuffer(data, dtype=DTYPES[entry.dtype]).view(entry.shape)
@@ -360,9 +360,9 @@ def _link(source: Path, part: Path, name: str) -> bool:
     return True
 
 
-def _put(path: Path, start: int, data: bytearray) -> None:
-    view, done = memoryview(data), 0
+def _put(path: Path, start: int, data: memoryview) -> None:
+    done = 0
     with path.open("r+b", buffering=0) as file:
         file.seek(start)
         while done < len(data):
-            done += file.write(view[done:])
+            done += file.write(data[done:])

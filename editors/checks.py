@@ -11,12 +11,14 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from editors.base import Editor, Request
 from editors.edit import Edit
 from editors.masks import Masks
 from memloc.errors import InputError, MismatchError
 from memloc.provenance import digest_tensor
+from memloc.sites import Site
 from memloc.view import ModelView
 
 
@@ -76,9 +78,15 @@ def check_deterministic(editor: Editor, view: ModelView, request: Request, edit:
 def check_inside(edit: Edit, masks: Masks) -> None:
     """No entry off `masks` has a change."""
     for site, delta in edit.deltas.items():
-        _need(site in masks, f"{site} is changed and not in the selection")
-        outside = delta.dense()[~masks[site]]
+        _need(site in masks or site.joint in masks, f"{site} is changed and not in the selection")
+        outside = delta.dense()[~(masks[site] if site in masks else _of_expert(masks[site.joint], delta.shape, site))]
         _need(not bool(outside.any()), f"{site}: {int((outside != 0).sum())} entries off the mask are changed")
+
+
+def _of_expert(mask: Tensor, shape: tuple[int, ...], site: Site) -> Tensor:
+    """One expert's part of a mask of all experts' maps side by side."""
+    axis = 0 if mask.shape[1] == shape[1] else 1
+    return mask.narrow(axis, site.expert * shape[axis], shape[axis])
 
 
 def check_survives_disk(edit: Edit, path: Path) -> None:
@@ -103,7 +111,8 @@ def check_applies_and_undoes(edit: Edit, view: ModelView) -> None:
             spacing = kind.eps * value.abs().clamp_min(max(1e-6, kind.tiny)) + 2**-23 * step
             _need(bool(((found - value).abs() <= spacing).all()), f"{site}: what was applied is not old + delta")
         changed = {name for name, digest in state(view).items() if digest != before[name]}
-        named = {name for parameter in edit.parameters for name in (parameter, *view.tied(parameter))}
+        own = {touched.place.parameter for touched in edit.touched.values()}
+        named = {name for parameter in own for name in (parameter, *view.tied(parameter))}
         _need(changed <= named, f"parameters outside the edit changed: {changed - named}")
         with contextlib.suppress(MismatchError):
             edit.apply(view)

@@ -257,6 +257,28 @@ def add(first: Delta, second: Delta) -> Delta:
     return Dense(first.dense() + second.dense())
 
 
+def by_expert(delta: Delta, experts: int, *, columns: bool) -> list[Delta]:
+    """A delta of the maps of all experts side by side, as one of each expert's own map.
+
+    Args:
+        delta: `[out, experts · in]` where `columns`, else `[experts · out, in]`.
+        experts: how many.
+        columns: which axis they stand along.
+    """
+    if isinstance(delta, LowRank):
+        if columns:
+            return [LowRank(delta.left.clone(), part) for part in delta.right.chunk(experts, 1)]
+        return [LowRank(part, delta.right.clone()) for part in delta.left.chunk(experts, 0)]
+    if isinstance(delta, Dense):
+        return [Dense(part) for part in delta.values.chunk(experts, 1 if columns else 0)]
+    rows, column = delta.index // delta.shape[1], delta.index % delta.shape[1]
+    shape = (delta.shape[0], delta.shape[1] // experts) if columns else (delta.shape[0] // experts, delta.shape[1])
+    whose = column // shape[1] if columns else rows // shape[0]
+    index = rows % shape[0] * shape[1] + column % shape[1]
+    chosen = [whose == number for number in range(experts)]
+    return [Sparse(shape, index[mine], delta.values[mine]) for mine in chosen]
+
+
 def from_tensors(form: str, shape: tuple[int, ...], tensors: Mapping[str, Tensor]) -> Delta:
     """Back from `tensors()`.
 

@@ -8,9 +8,11 @@ this is the only file that reads them.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from editors.shards import Weights
 from memloc.errors import CheckpointError
@@ -24,10 +26,13 @@ class Stored:
         names: stored tensors that hold it, in the order of the file names and names.
         converted: loading computes the parameter from them (experts put side by side, say); one that is not is
             `names[0]`, bit for bit.
+        experts: where loading only stacks experts' matrices: for each expert the names of the matrices that make its
+            own, one above the other; empty for any other computation.
     """
 
     names: tuple[str, ...]
     converted: bool = False
+    experts: tuple[tuple[str, ...], ...] = ()
 
 
 def locate(weights: Weights, parameters: Iterable[str]) -> dict[str, Stored]:
@@ -75,10 +80,40 @@ def _by_loading(folder: Path, names: list[str]) -> dict[str, Stored]:
     converters = [entry for entry in transforms if isinstance(entry, WeightConverter)]
     state = model.state_dict()
     found: dict[str, Stored] = {}
+    stacked: dict[str, dict[tuple[int, int], str]] = {}
     for name in names:
         parameter, pattern = rename_source_key(name, renamings, converters, model.base_model_prefix, state)
         if parameter in state:
             before = found.get(parameter, Stored(()))
             converted = before.converted or pattern is not None
             found[parameter] = Stored((*before.names, name), converted)
-    return found
+            if pattern is not None:
+                place = _of_expert(name, pattern, converters)
+                stacked.setdefault(parameter, {})[place or (-1, len(found))] = name
+    return {
+        parameter: replace(stored, experts=_experts(stacked.get(parameter, {}), len(stored.names)))
+        for parameter, stored in found.items()
+    }
+
+
+def _of_expert(name: str, pattern: str, converters: Iterable[Any]) -> tuple[int, int] | None:
+    """Which expert's matrix a stored tensor is, and which of those stacked to make it; None for other conversions."""
+    for entry in converters:
+        if pattern in entry.source_patterns:
+            done = [(type(step).__name__, step.dim) for step in entry.operations if hasattr(step, "dim")]
+            stacks = done == [("MergeModulelist", 0), ("Concatenate", 1)][: len(done)] and len(done) in (1, 2)
+            number = re.search(re.escape(pattern).replace(r"\*\.", r"(\d+)\."), name)
+            if stacks and len(done) == len(entry.operations) and number is not None and number.groups():
+                return int(number[1]), entry.source_patterns.index(pattern)
+    return None
+
+
+def _experts(places: Mapping[tuple[int, int], str], count: int) -> tuple[tuple[str, ...], ...]:
+    """Names by expert, if every expert from 0 has its own, and as many as the others."""
+    experts = len({expert for expert, _ in places})
+    if not places or len(places) != count or count % experts:
+        return ()
+    wanted = [[(expert, part) for part in range(count // experts)] for expert in range(experts)]
+    if {place for row in wanted for place in row} != set(places):
+        return ()
+    return tuple(tuple(places[place] for place in row) for row in wanted)

@@ -86,6 +86,8 @@ class Edit:
     ) -> Edit:
         """Bind `deltas` to the weights of `view`, which are read and not changed.
 
+        A delta of all experts' maps side by side becomes one of each expert's map that it changes.
+
         Cost: one copy of each touched parameter, two digests of it, and the way back.
 
         Args:
@@ -103,8 +105,11 @@ class Edit:
             InputError: no delta, another shape, or two sites that overlap.
             ModelError: a touched weight is quantised, offloaded, tied, or not finite, or would not be finite.
         """
+        deltas, meant_by = _by_unit(view, deltas), _exact_by_unit(view, exact or {})
         bound = {site: _bind(view, site, shared=shared) for site in deltas}
-        for site, meant in (exact or {}).items():
+        for site, meant in meant_by.items():
+            if site not in bound:
+                continue
             stored = _copy(view, site, shared=shared)
             short = bits_short_of(stored, bound[site].place, deltas[site], meant.detach().cpu(), name=str(site))
             bound[site] = replace(bound[site], exact=short or None)
@@ -249,7 +254,7 @@ class Edit:
             edit.change(stored, sites)
             edit.touched[sites[0]].expect_result(sites[0], digest_tensor(stored))
             results[parameter] = stored
-        _exchange(view, results)
+        _exchange({name: _live(view, edit.touched[edit.parameters[name][0]]) for name in results}, results)
         return Applied(edit, view)
 
     def rebased(self, view: ModelView) -> Edit:
@@ -408,7 +413,8 @@ class Applied:
             self.edit.change_back(stored, sites)
             touched.expect_restored(sites[0], digest_tensor(stored))
             results[parameter] = stored
-        _exchange(self.view, results)
+        own = {name: self.edit.touched[self.edit.parameters[name][0]] for name in results}
+        _exchange({name: _live(self.view, touched) for name, touched in own.items()}, results)
         self.active = False
 
     def __enter__(self) -> Applied:
@@ -420,20 +426,50 @@ class Applied:
         self.undo()
 
 
-def _exchange(view: ModelView, results: dict[str, Tensor]) -> None:
-    """Write `results` into the live parameters; `results` holds the old values afterwards. All or none."""
+def _by_unit(view: ModelView, deltas: Mapping[Site, Delta]) -> dict[Site, Delta]:
+    """Deltas of maps as they are stored: those of all experts side by side, expert by expert."""
+    found: dict[Site, Delta] = {}
+    for site, delta in deltas.items():
+        units, place = view.units(site), view.place(site)
+        if units == (site,):
+            parts: dict[Site, Delta] = {site: delta}
+        else:
+            _check_delta(site, delta, tuple(view.weight(site).shape))
+            split = forms.by_expert(delta, len(units), columns=place.joined == "columns")
+            parts = {unit: part for unit, part in zip(units, split, strict=True) if part.norm()} or {units[0]: split[0]}
+        for unit, part in parts.items():
+            found[unit] = forms.add(found[unit], part) if unit in found else part
+    return found
+
+
+def _exact_by_unit(view: ModelView, exact: Mapping[Site, Tensor]) -> dict[Site, Tensor]:
+    """Whole weights meant, of maps as they are stored."""
+    found: dict[Site, Tensor] = {}
+    for site, meant in exact.items():
+        units = view.units(site)
+        axis = 1 if view.place(site).joined == "columns" else 0
+        found |= dict(zip(units, meant.chunk(len(units), axis), strict=True))
+    return found
+
+
+def _live(view: ModelView, touched: Touched) -> Tensor:
+    """The stored matrix in the live model, on its own memory."""
+    return touched.place.matrix(view.model.get_parameter(touched.place.parameter).detach())
+
+
+def _exchange(live: Mapping[str, Tensor], results: dict[str, Tensor]) -> None:
+    """Write `results` into the live matrices; `results` holds the old values afterwards. All or none."""
     started: list[str] = []
     try:
         for parameter in results:
-            live = view.model.get_parameter(parameter)
-            new, results[parameter] = results[parameter], live.detach().to("cpu", copy=True)
+            new, results[parameter] = results[parameter], live[parameter].to("cpu", copy=True)
             started.append(parameter)
             with torch.no_grad():
-                live.copy_(new)
+                live[parameter].copy_(new)
     except BaseException:
         for parameter in started:
             with torch.no_grad():
-                view.model.get_parameter(parameter).copy_(results[parameter])
+                live[parameter].copy_(results[parameter])
         raise
 
 
@@ -448,13 +484,13 @@ def _bind(view: ModelView, site: Site, *, shared: bool) -> Touched:
     if others and not shared:
         names = " and ".join([place.parameter, *others])
         raise ModelError(f"{site}: {names} are one tensor, tied; an edit of one would be an edit of both")
-    return Touched(place, dtype, tuple(live.shape), "", shared=bool(others))
+    return Touched(place, dtype, tuple(place.matrix(live).shape), "", shared=bool(others))
 
 
 def _copy(view: ModelView, site: Site, *, shared: bool) -> Tensor:
     """The stored parameter of `site`, copied to the CPU; checked to be one that can be edited."""
     _bind(view, site, shared=shared)
-    return slices.whole(view.parameter(site).detach()).to("cpu", copy=True).contiguous()
+    return view.place(site).matrix(slices.whole(view.parameter(site).detach())).to("cpu", copy=True).contiguous()
 
 
 def _found(stored: Tensor) -> Found:

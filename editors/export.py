@@ -5,6 +5,10 @@ the rank, so the scale is 1 wherever it is read (vLLM, which knows one alpha and
 of query, key or value in a fused matrix become terms whose other rows are zero. Both patterns of the config carry the
 ranks of modules that differ from the largest, and modules are named by their full paths: a short name would also meet
 modules of the same name elsewhere.
+
+Experts have no modules of their own: their changes go into factors of the whole parameter they lie in (PEFT's
+`target_parameters`), of one rank for all experts, so experts that do not change have terms of zero. Where both of a
+block's parameters change, PEFT wraps them one in the other, the later outside; the names in the file say so.
 """
 
 from __future__ import annotations
@@ -26,8 +30,9 @@ from editors.checkpoint import Written, apply_edit, expect_base
 from editors.deltas import LowRank
 from editors.edit import Edit
 from editors.edit_record import record_of, write_record
+from editors.stored_matrix import experts_of
 from memloc.errors import InputError, ModelError
-from memloc.sites import Kind, Site
+from memloc.sites import ALL, Kind, Site
 from memloc.store import fresh_folder
 
 Dtype = Literal["float32", "bfloat16", "float16"]
@@ -109,7 +114,9 @@ def export_adapter(
         ModelError: a factor does not fit `dtype`.
         TargetError: `out` is occupied, or cannot be written. Nothing is left behind in any of these cases.
     """
-    parts = {_module(edit, sites): _gather(edit, sites, rank) for sites in edit.parameters.values()}
+    units = [sites for sites in edit.parameters.values() if sites[0].expert == ALL]
+    parts = {_module(edit, sites): _gather(edit, sites, rank) for sites in units}
+    stacks = {name: [_gather(edit, sites, rank) for sites in units] for name, units in _stacks(edit).items()}
     expect_base(edit, model)
     source, modules = Path(model), {}
     tensors: dict[str, Tensor] = {}
@@ -118,8 +125,14 @@ def export_adapter(
         tensors |= stored
         modules[name] = _told(sites, factor, cut, tuple(stored.values()), sites[0].kind is Kind.EMBED)
     ranks = {name: module.rank for name, module in modules.items()}
-    config = _config(edit, ranks, base or str(model), _task(source))
+    most = max([*ranks.values(), *(factor.rank for found in stacks.values() for _, factor, _ in found)])
+    for name, found in stacks.items():
+        for sites, factor, cut in found:
+            modules[edit.touched[sites[0]].parameter] = _told(sites, factor, cut, _cast(name, factor, dtype), False)
+        tensors |= _stacked(edit, source, name, found, most, dtype, inner=_inner(name, stacks, edit))
+    config = _config(edit, ranks, base or str(model), _task(source), most, sorted(stacks))
     named = {f"{name}.weight": entry[0] for name, entry in parts.items()}
+    named |= {edit.touched[sites[0]].parameter: sites for found in stacks.values() for sites, _, _ in found}
     with fresh_folder(out) as part:
         carried = _carry(source, part)
         _write(part, config, tensors)
@@ -154,6 +167,48 @@ def _module(edit: Edit, sites: Sequence[Site]) -> str:
     if not parameter.endswith(".weight") or len(edit.touched[sites[0]].shape) != 2:
         raise InputError(f"{sites[0]}: {parameter} is no module's weight matrix; write it --as checkpoint")
     return parameter.removesuffix(".weight")
+
+
+def _stacks(edit: Edit) -> dict[str, list[list[Site]]]:
+    """Parameters that hold several experts' matrices, to the sites of each that changes."""
+    found: dict[str, list[list[Site]]] = {}
+    for sites in edit.parameters.values():
+        if sites[0].expert != ALL:
+            found.setdefault(edit.touched[sites[0]].place.parameter, []).append(sites)
+    return found
+
+
+def _inner(name: str, stacks: Mapping[str, object], edit: Edit) -> bool:
+    """Whether PEFT wraps this parameter inside another of its module: that into the experts, where both change."""
+    beside = [other for other in stacks if other != name and other.rpartition(".")[0] == name.rpartition(".")[0]]
+    kinds = {site.kind for site, touched in edit.touched.items() if touched.place.parameter == name}
+    return bool(beside) and Kind.MLP_OUT not in kinds
+
+
+def _stacked(
+    edit: Edit,
+    source: Path,
+    name: str,
+    found: Sequence[tuple[list[Site], LowRank, float]],
+    rank: int,
+    dtype: Dtype,
+    *,
+    inner: bool,
+) -> dict[str, Tensor]:
+    """The two tensors of a stack: `lora_A` [experts · r, in], by expert, and `lora_B` [out, r · experts], by term."""
+    count = experts_of(source, name)
+    out, into = found[0][1].shape
+    first, second = torch.zeros(count, rank, into), torch.zeros(out, rank, count)
+    for sites, factor, _ in found:
+        expert = sites[0].expert
+        first[expert, : factor.rank], second[:, : factor.rank, expert] = factor.right, factor.left
+    module = name.rpartition(".")[0] + (".base_layer" if inner else "")
+    whole = LowRank(second.flatten(1), first.flatten(0, 1))
+    return _stored(module, False, whole, dtype)
+
+
+def _cast(name: str, factor: LowRank, dtype: Dtype) -> tuple[Tensor, ...]:
+    return tuple(_stored(name, False, factor, dtype).values())
 
 
 def _gather(edit: Edit, sites: list[Site], rank: int | None) -> tuple[list[Site], LowRank, float]:
@@ -221,15 +276,16 @@ def _told(sites: Sequence[Site], factor: LowRank, cut: float, stored: Sequence[T
     return Module(tuple(map(str, sites)), factor.rank, norm, cut, rounded)
 
 
-def _config(edit: Edit, ranks: Mapping[str, int], base: str, task: str | None) -> dict[str, Any]:
-    most = max(ranks.values())
+def _config(
+    edit: Edit, ranks: Mapping[str, int], base: str, task: str | None, most: int, parameters: Sequence[str]
+) -> dict[str, Any]:
     smaller = {name: rank for name, rank in ranks.items() if rank != most}
     return {
         "peft_type": "LORA", "task_type": task, "base_model_name_or_path": base, "r": most, "lora_alpha": most,
         "rank_pattern": smaller, "alpha_pattern": smaller, "target_modules": sorted(ranks), "lora_dropout": 0.0,
         "bias": "none", "fan_in_fan_out": any(entry.place.transposed for entry in edit.touched.values()),
         "inference_mode": True, "init_lora_weights": True, "use_rslora": False, "use_dora": False,
-        "modules_to_save": None,
+        "modules_to_save": None, **({"target_parameters": list(parameters)} if parameters else {}),
     }  # fmt: skip
 
 

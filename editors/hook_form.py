@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 
 from torch import Tensor
 
@@ -37,9 +38,9 @@ def as_if(view: ModelView, deltas: Mapping[Site, Delta]) -> Iterator[None]:
     for site in deltas:
         if not (site.kind.in_block and site.kind.is_map):
             raise InputError(f"{site}: only maps inside blocks can be changed by hooks; apply the edit instead")
-    sites = sorted({Site(site.layer, site.kind) for site in deltas})
+    sites = sorted({replace(site, bias=False) for site in deltas})
     parts = {site: _factors(deltas[site], view) for site in deltas if not site.bias}
-    rows = {site: view.place(site).rows for site in sites}
+    rows = {site: view.place(site).shown for site in sites}
 
     def change(site: Site, output: Tensor) -> Tensor:
         more = output.new_zeros(()).float()
@@ -48,7 +49,7 @@ def as_if(view: ModelView, deltas: Mapping[Site, Delta]) -> Iterator[None]:
             for factor in parts[site]:
                 read = read @ factor.T
             more = read
-        bias = Site(site.layer, site.kind, bias=True)
+        bias = replace(site, bias=True)
         if bias in deltas:
             more = more + deltas[bias].dense().to(output.device)
         if rows[site] is None:

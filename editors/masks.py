@@ -7,6 +7,7 @@ whole unit, also the rows that make them.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Literal
 
 import torch
@@ -104,7 +105,7 @@ def _of_neurons(view: ModelView, selection: Selection, reach: Reach) -> dict[Sit
         masks[site] = mask.expand(view.weight(site).shape).clone()
         if reach == "unit":
             for kind in (Kind.MLP_GATE, Kind.MLP_IN):
-                masks |= _rows(view, Site(site.layer, kind), mask)
+                masks |= _rows(view, replace(site, kind=kind), mask)
     return masks
 
 
@@ -122,14 +123,14 @@ def _of_heads(view: ModelView, selection: Selection, reach: Reach) -> dict[Site,
 
 
 def _whole(view: ModelView, site: Site) -> dict[Site, Tensor]:
-    sites = (site, Site(site.layer, site.kind, bias=True))
+    sites = (site, replace(site, bias=True))
     return {part: torch.ones(view.weight(part).shape, dtype=torch.bool) for part in sites if view.has(part)}
 
 
 def _rows(view: ModelView, site: Site, mask: Tensor) -> dict[Site, Tensor]:
     if not view.has(site):
         return {}
-    bias = Site(site.layer, site.kind, bias=True)
+    bias = replace(site, bias=True)
     found = {site: mask[:, None].expand(view.weight(site).shape).clone()}
     return found | ({bias: mask.clone()} if view.has(bias) else {})
 

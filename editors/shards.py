@@ -75,8 +75,15 @@ class Entry:
         Raises:
             CheckpointError: as `read`.
         """
-        buffer = bytearray(min(CHUNK, self.stop - self.start))
-        return digest_parts(self.dtype, self.shape, self._fill(folder, buffer, self.stop - self.start))
+        return digest_parts(self.dtype, self.shape, self.chunks(folder))
+
+    def chunks(self, folder: Path) -> Iterator[memoryview]:
+        """Its bytes, some at a time; each piece is overwritten by the next.
+
+        Raises:
+            CheckpointError: as `read`.
+        """
+        yield from self._fill(folder, bytearray(min(CHUNK, self.stop - self.start)), self.stop - self.start)
 
     def _fill(self, folder: Path, buffer: bytearray, size: int) -> Iterator[memoryview]:
         """Read `size` bytes through `buffer`, from its start again each time it is full; yields what it holds."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -140,7 +140,7 @@ def drawn_inputs(view: ModelView, sites: tuple[Site, ...], text: Passages, *, se
 
 
 def _bias(view: ModelView, site: Site) -> Site:
-    bias = Site(site.layer, site.kind, bias=True)
+    bias = replace(site, bias=True)
     if not view.has(bias):
         raise InputError(f"{site} has no bias to hold a constant; use mode zero or scale, or the hook form")
     return bias

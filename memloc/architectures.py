@@ -64,6 +64,27 @@ class Shape:
 
 
 @dataclass(frozen=True)
+class Experts:
+    """Where a mixture of experts keeps its maps, in those blocks that are one.
+
+    Attributes:
+        path: module path, inside a block, of all experts together.
+        router: module path of the map whose outputs choose among them.
+        into: the experts' parameter [experts, 2 · neurons, width]: of each, the rows of its gate, then of `mlp.in`.
+        out: the experts' parameter [experts, width, neurons].
+    """
+
+    path: str = "mlp.experts"
+    router: str = "mlp.gate"
+    into: str = "gate_up_proj"
+    out: str = "down_proj"
+
+    def parameter(self, kind: Kind) -> str:
+        """The parameter, inside the module, that holds `kind`."""
+        return self.out if kind is Kind.MLP_OUT else self.into
+
+
+@dataclass(frozen=True)
 class Row:
     """How one family is laid out.
 
@@ -87,6 +108,8 @@ class Row:
         embed_norm: path of the norm behind the token embedding, where they have one.
         when: settings of the configuration that this row asks for, where one model type has several layouts; the first
             row that fits is taken.
+        experts: where the maps of the experts are, in families with such blocks; `maps` then tells where dense blocks
+            have theirs, if there are any.
         overwrites: blocks add in place, onto what one of their maps put out.
         found: the row was not in the table but found in the model's calls.
     """
@@ -107,6 +130,7 @@ class Row:
     position: str | None = None
     embed_norm: str | None = None
     when: Mapping[str, Any] = field(default_factory=dict)
+    experts: Experts | None = None
     overwrites: bool = False
     found: bool = False
 
@@ -162,14 +186,36 @@ class Place:
         parameter: the live model's name of the parameter.
         transposed: the parameter is stored [in, out].
         rows: which output rows of it are meant (a fused matrix holds several), or None for all.
+        expert: which of the matrices of a parameter [experts, out, in] is meant.
+        joined: all of them, side by side: "rows" as [experts · out, in], "columns" as [out, experts · in].
     """
 
     parameter: str
     transposed: bool = False
     rows: slice | tuple[int, ...] | None = None
+    expert: int | None = None
+    joined: str = ""
+
+    @property
+    def unit(self) -> str:
+        """Name of the stored matrix: the parameter's, with the expert's number where the parameter holds several."""
+        return self.parameter if self.expert is None else f"{self.parameter}[{self.expert}]"
+
+    @property
+    def shown(self) -> slice | tuple[int, ...] | None:
+        """Which columns of what `record` shows as the site's output are its own: a fused matrix is shown whole."""
+        return None if self.joined or self.expert is not None else self.rows
+
+    def matrix(self, stored: Tensor) -> Tensor:
+        """The stored matrix the weight lies in: the parameter itself, or one expert's part of it."""
+        return stored if self.expert is None else stored[self.expert]
 
     def read(self, stored: Tensor) -> Tensor:
-        """The weight inside `stored`, [out, in]: a view on its memory, but a copy where rows are not contiguous."""
+        """The weight inside `stored`, [out, in]: a view on its memory, but a copy where it is not in one piece."""
+        if self.joined:
+            part = stored if self.rows is None else stored[:, self.rows]
+            return part.flatten(0, 1) if self.joined == "rows" else part.transpose(0, 1).flatten(1)
+        stored = self.matrix(stored)
         whole = stored.T if self.transposed else stored
         if self.rows is None:
             return whole
@@ -177,6 +223,15 @@ class Place:
 
     def write(self, stored: Tensor, weight: Tensor) -> None:
         """Put `weight` [out, in] where it belongs in `stored`, in place. Only editors call this."""
+        if self.joined:
+            part = stored if self.rows is None else stored[:, self.rows]
+            columns = self.joined == "columns"
+            by_expert = (
+                weight.view(len(weight), len(stored), -1).transpose(0, 1) if columns else weight.view(part.shape)
+            )
+            part.copy_(by_expert)
+            return
+        stored = self.matrix(stored)
         whole = stored.T if self.transposed else stored
         if self.rows is None:
             whole.copy_(weight)
@@ -188,7 +243,9 @@ class Place:
         rows: Any = self.rows
         if isinstance(rows, slice):
             rows = {"from": rows.start, "to": rows.stop}
-        return {"parameter": self.parameter, "transposed": self.transposed, "rows": rows}
+        found = {"parameter": self.parameter, "transposed": self.transposed, "rows": rows}
+        found |= {} if self.expert is None else {"expert": self.expert}
+        return found | ({"joined": self.joined} if self.joined else {})
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> Place:
@@ -198,7 +255,7 @@ class Place:
             rows = slice(rows["from"], rows["to"])
         elif rows is not None:
             rows = tuple(rows)
-        return cls(value["parameter"], value["transposed"], rows)
+        return cls(value["parameter"], value["transposed"], rows, value.get("expert"), value.get("joined", ""))
 
 
 def _split(attention: str, out: str, mlp: Mapping[Kind, str]) -> dict[Kind, str]:
@@ -319,6 +376,17 @@ ROWS: tuple[Row, ...] = (
         embed="model.embed_tokens",
         inner=_INNER,
         norms=_normed("input_layernorm", "post_attention_layernorm"),
+    ),
+    Row(
+        family="Mixture of experts",
+        model_types=("mixtral", "qwen3_moe", "olmoe"),
+        blocks="model.layers",
+        maps=_split("self_attn", "o_proj", _LLAMA_MLP),
+        final_norm="model.norm",
+        embed="model.embed_tokens",
+        inner=_INNER,
+        norms=_normed("input_layernorm", "post_attention_layernorm") | {Kind.MLP_ROUTER: "post_attention_layernorm"},
+        experts=Experts(),
     ),
     Row(
         # Maps read the stream itself and norms stand behind them, so there is nothing to fold: no `norms`.

@@ -82,7 +82,7 @@ def pass_bytes(view: ModelView, tokens: int, *, context: int, grad: bool = False
         grad: all layers are kept for a backward pass; otherwise two are alive at a time.
         unembedded: positions whose logits are computed.
     """
-    block = 20 * view.width + 6 * view.neurons + 4 * view.heads * view.head_width + 3 * view.heads * context
+    block = 20 * view.width + 6 * max(view.widths) + 4 * view.heads * view.head_width + 3 * view.heads * context
     numbers = tokens * block * (view.layers if grad else 2) + 4 * unembedded * view.vocab
     wide = 8 if view.dtype == torch.float64 else 4
     # Masks and positions, whatever the size.

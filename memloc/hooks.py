@@ -14,10 +14,26 @@ from typing import Any, Literal, Protocol, TypeVar
 
 from torch import Tensor, nn
 
-from memloc import slices
+from memloc import experts, slices
+from memloc.errors import ModelError
 
 K = TypeVar("K")
 Side = Literal["input", "output"]
+
+
+@dataclass(frozen=True)
+class Inside:
+    """A place inside a module of experts; see `memloc.experts`.
+
+    Attributes:
+        place: which.
+        names: of the module's two parameters, into the experts and out of them.
+        expert: whose, or `experts.EVERY`.
+    """
+
+    place: experts.Inner
+    names: tuple[str, str]
+    expert: int = experts.EVERY
 
 
 @dataclass(frozen=True)
@@ -30,12 +46,27 @@ class Point:
         block: the block it is in, where that may hand it its tokens flat, [n · t, f]: they are seen as [n, t, f], as
             the block got them.
         overwritten: the model goes on to write over what the module puts out, so it is handed a copy.
+        inside: a place inside a module of experts instead of its input or output.
     """
 
     module: nn.Module
     side: Side
     block: nn.Module | None = None
     overwritten: bool = False
+    inside: Inside | None = None
+
+
+def refuse_inside(points: Mapping[K, Point]) -> None:
+    """For engines that run a module of experts as it is.
+
+    Raises:
+        ModelError: a point is inside one.
+    """
+    for key, point in points.items():
+        if point.inside is not None:
+            raise ModelError(
+                f"{key}: the inside of a module of experts is visited by plain hooks only; take engine hooks"
+            )
 
 
 class Visiting(Protocol):
@@ -122,7 +153,8 @@ class Call:
     def again(self, module: nn.Module, tensor: Tensor) -> Any:
         """The module's result on another tensor, of as many rows, or of any number where the call had one."""
         call = self.fitted(len(tensor))
-        return module(tensor, *call.args, **call.kwargs)
+        # Some blocks take a view of what they are handed, which must lie in one piece.
+        return module(tensor.contiguous(), *call.args, **call.kwargs)
 
     def fitted(self, rows: int) -> Call:
         """The call for so many rows, where it had one: what is not broadcast over rows is repeated."""
@@ -205,7 +237,10 @@ def _hooked(points: Mapping[K, Point], visit: Callable[[K, Tensor], Tensor | Non
     with contextlib.ExitStack() as stack:
         for block in dict.fromkeys(point.block for point in points.values() if point.block is not None):
             stack.callback(block.register_forward_pre_hook(enter, with_kwargs=True).remove)
+        stack.enter_context(_inside(points, visit, tokens))
         for key, point in points.items():
+            if point.inside is not None:
+                continue
             seen = _unflattened(_copied(visit) if point.overwritten else visit, tokens, point.block)
             seen = _joined(seen, point.module, point.side)
             if point.side == "input":
@@ -213,6 +248,33 @@ def _hooked(points: Mapping[K, Point], visit: Callable[[K, Tensor], Tensor | Non
             else:
                 handle = point.module.register_forward_hook(_after(key, seen))
             stack.callback(handle.remove)
+        yield
+
+
+@contextlib.contextmanager
+def _inside(
+    points: Mapping[K, Point], visit: Callable[[K, Tensor], Tensor | None], tokens: Mapping[nn.Module, tuple[int, ...]]
+) -> Iterator[None]:
+    """Visitors brought to those points that are inside modules of experts, each shown [n, t, f]."""
+
+    def at(key: K, block: nn.Module | None) -> experts.Visit:
+        def shown(tensor: Tensor) -> Tensor | None:
+            whole = tensor if block is None else tensor.view(*tokens[block], -1)
+            found = visit(key, whole)
+            # What was shown must be what a gradient passes through.
+            found = whole if found is None and whole.requires_grad else found
+            return None if found is None else found.reshape(tensor.shape)
+
+        return shown
+
+    by_module: dict[nn.Module, tuple[tuple[str, str], list[tuple[experts.Inner, int, experts.Visit]]]] = {}
+    for key, point in points.items():
+        if point.inside is not None:
+            _, visits = by_module.setdefault(point.module, (point.inside.names, []))
+            visits.append((point.inside.place, point.inside.expert, at(key, point.block)))
+    with contextlib.ExitStack() as stack:
+        for module, (names, visits) in by_module.items():
+            stack.enter_context(experts.visiting(module, names, visits))
         yield
 
 

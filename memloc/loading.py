@@ -62,7 +62,15 @@ def load(
         tokenizer = AutoTokenizer.from_pretrained(str(model))
     except (OSError, ValueError, KeyError, TypeError):
         tokenizer = None
+    _runnable(loaded)
     return loaded, tokenizer
+
+
+def _runnable(model: Any) -> None:
+    """Have experts multiplied one by one where the usual grouped product cannot: float64, or rows of odd sizes."""
+    stacks = [parameter for parameter in model.parameters() if parameter.dim() == 3]
+    if any(stack.dtype == torch.float64 or stack.shape[-1] * stack.element_size() % 16 for stack in stacks):
+        model.set_experts_implementation("eager")
 
 
 @contextlib.contextmanager

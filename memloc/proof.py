@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from memloc import hooks
-from memloc.batches import pad
+from memloc.batches import Batch, pad
 from memloc.errors import ModelError
 from memloc.sites import Kind, Site
 
@@ -26,9 +26,10 @@ TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 1e-2, torc
 def prove_row(view: ModelView) -> None:
     """Check by arithmetic, on one forward of two short random rows, that the row tells the truth about this model.
 
-    Proved: every map puts out input @ weight.T + bias; heads are read as the values they are at position 0 (where
-    attention can see one token only); each block adds its two maps' outputs to its input; maps read the norms the row
-    names, whose gains are stored as it says; the logits are the unembedded final norm.
+    Proved: every map puts out input @ weight.T + bias (experts' gates and `mlp.in` only for tokens sent to them; their
+    output maps side by side for all tokens, from neurons times the router's weights); heads are read as the values they
+    are at position 0 (where attention can see one token only); each block adds its two maps' outputs to its input; maps
+    read the norms the row names, whose gains are stored as it says; the logits are the unembedded final norm.
 
     Raises:
         ModelError: names the first place that differs, by how much, and what to look at.
@@ -36,7 +37,7 @@ def prove_row(view: ModelView) -> None:
     generator = torch.Generator().manual_seed(0)
     length = min(6, view.context or 6)
     batch = pad(torch.randint(view.vocab, (2, length), generator=generator).tolist(), device=view.device)
-    sites = view.sites(*view.kinds)
+    sites = view.sites(*view.kinds, Kind.MLP_ROUTER)
     layers = range(view.layers)
     with (
         torch.no_grad(),
@@ -44,16 +45,17 @@ def prove_row(view: ModelView) -> None:
         view.record(sites, side="output") as outputs,
         view.record_blocks(layers, side="input") as before,
         view.record_blocks(layers) as after,
+        view.record_routing(layers) as routed,
         hooks.record(_norms(view)) as normed,
     ):
-        logits = view.logits(batch)
+        logits = _logits(view, batch)
     _all_called(sites, inputs, normed, view)
     for site in sites:
-        _prove_map(view, site, inputs[site], _own(view, site, outputs))
+        _prove_map(view, site, inputs[site], _own(view, site, outputs), _sent(view, site, routed))
         _prove_norm(view, site, inputs[site], normed)
     for layer in layers:
         _prove_values(view, layer, inputs, outputs)
-        _prove_gate(view, layer, inputs, outputs)
+        _prove_gate(view, layer, inputs, outputs, routed)
         with torch.no_grad():
             parts = [
                 view.added(site, outputs[site]) for site in (Site(layer, k) for k in (Kind.ATTN_OUT, Kind.MLP_OUT))
@@ -71,7 +73,25 @@ def prove_row(view: ModelView) -> None:
     _same("unembed", "the logits", spoken, logits, "the unembedded final norm; check final_norm and unembed")
 
 
-def _prove_map(view: ModelView, site: Site, entering: Tensor, leaving: Tensor) -> None:
+def _logits(view: ModelView, batch: Batch) -> Tensor:
+    try:
+        return view.logits(batch)
+    except RuntimeError as error:
+        if view.row.experts is None:
+            raise
+        why = " ".join(str(error).split())[:120]
+        raise ModelError(f"{view.name}: its own forward pass fails ({why}); a grouped product of experts takes no "
+                         "float64 and no odd sizes: model.set_experts_implementation('eager')") from error  # fmt: skip
+
+
+def _sent(view: ModelView, site: Site, routed: Mapping[int, Tensor]) -> Tensor | None:
+    """The router's weight of every neuron, [n, t, neurons], where the site's map puts out experts' neurons."""
+    if site.kind not in (Kind.MLP_GATE, Kind.MLP_IN) or site.layer not in routed:
+        return None
+    return routed[site.layer].repeat_interleave(view.widths[site.layer] // view.experts(site.layer), -1)
+
+
+def _prove_map(view: ModelView, site: Site, entering: Tensor, leaving: Tensor, sent: Tensor | None) -> None:
     weight = view.weight(site).detach()
     if entering.shape[-1] != weight.shape[1]:
         raise ModelError(
@@ -80,6 +100,7 @@ def _prove_map(view: ModelView, site: Site, entering: Tensor, leaving: Tensor) -
     made = entering.to(torch.float64) @ weight.to(torch.float64).T
     if view.has(Site(site.layer, site.kind, bias=True)):
         made = made + view.weight(Site(site.layer, site.kind, bias=True)).detach().to(torch.float64)
+    made = made if sent is None else made * (sent != 0)
     _same(str(site), "output", made, leaving, "input @ weight.T; check stored_in_out and the paths")
 
 
@@ -95,7 +116,7 @@ def _norms(view: ModelView) -> dict[NormSide, hooks.Point]:
 
 
 def _reads(view: ModelView, path: str) -> bool:
-    return any(view.row.norms.get(kind) == path for kind in view.kinds)
+    return any(view.row.norms.get(kind) == path for kind in (*view.kinds, Kind.MLP_ROUTER))
 
 
 def _prove_norm(view: ModelView, site: Site, entering: Tensor, seen: Mapping[NormSide, Tensor]) -> None:
@@ -135,18 +156,29 @@ def _all_called(
     for site in sites:
         path = view.row.norms.get(site.kind)
         if site not in inputs or (path is not None and (site.layer, path, "output") not in normed):
-            what = view.row.path(site.kind) if site not in inputs else path
+            what = view.path(site) if site not in inputs else path
             raise ModelError(
                 f"{site}: {what} is not called in a forward pass, so nothing can be read there; check maps"
             )
 
 
-def _prove_gate(view: ModelView, layer: int, inputs: Mapping[Site, Tensor], outputs: Mapping[Site, Tensor]) -> None:
-    """A gated neuron is a function of the gate times what `mlp.in` puts out: which of the two is which."""
+def _prove_gate(
+    view: ModelView,
+    layer: int,
+    inputs: Mapping[Site, Tensor],
+    outputs: Mapping[Site, Tensor],
+    routed: Mapping[int, Tensor],
+) -> None:
+    """A gated neuron is a function of the gate times what `mlp.in` puts out: which of the two is which.
+
+    An expert's is that times the router's weight.
+    """
     gate, into, out = (Site(layer, kind) for kind in (Kind.MLP_GATE, Kind.MLP_IN, Kind.MLP_OUT))
     if not view.has(gate):
         return
     opened, passed, neurons = _own(view, gate, outputs), _own(view, into, outputs), inputs[out]
+    sent = _sent(view, into, routed)
+    passed = passed if sent is None else passed * sent.to(passed.dtype)
     allowed = TOLERANCE.get(neurons.dtype, 1e-4) * max(1.0, float(neurons.abs().max()))
     plain = [module for module in view.block(layer).modules() if not any(True for _ in _contents(module))]
     for module in plain:
@@ -166,7 +198,7 @@ def _contents(module: nn.Module) -> Iterator[object]:
 
 def _own(view: ModelView, site: Site, outputs: Mapping[Site, Tensor]) -> Tensor:
     """What the site's map put out, of a shared matrix its own part."""
-    rows = view.place(site).rows
+    rows = view.place(site).shown
     if rows is None:
         return outputs[site]
     return outputs[site][..., rows if isinstance(rows, slice) else list(rows)]

@@ -2,13 +2,15 @@
 
 A `Site` names one linear map of one block: `L3.attn.out` is the output projection of attention in block 3. Its
 *input* is where heads (attn.out) and neurons (mlp.out) are read; its weight is `[out, in]` in every family.
+
+In a mixture of experts `L3.mlp.out` is the map of all experts side by side, and `L3.mlp.out.E5` that of expert 5 alone.
 """
 
 from __future__ import annotations
 
 import enum
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from memloc.errors import InputError
 from memloc.lazy import method
@@ -28,6 +30,7 @@ class Kind(enum.StrEnum):
     MLP_GATE = "mlp.gate"
     MLP_IN = "mlp.in"
     MLP_OUT = "mlp.out"
+    MLP_ROUTER = "mlp.router"
     EMBED = "embed"
     UNEMBED = "unembed"
     ATTN_NORM = "attn.norm"
@@ -44,6 +47,11 @@ class Kind(enum.StrEnum):
     def in_block(self) -> bool:
         """Whether it lies inside blocks."""
         return self not in (Kind.EMBED, Kind.UNEMBED, Kind.NORM, Kind.EMBED_NORM, Kind.POSITION)
+
+    @property
+    def of_experts(self) -> bool:
+        """Whether every expert of a mixture has one of its own."""
+        return self in (Kind.MLP_GATE, Kind.MLP_IN, Kind.MLP_OUT)
 
     @property
     def is_map(self) -> bool:
@@ -95,34 +103,58 @@ class Grain(enum.StrEnum):
 OUTSIDE = -1
 """The layer of a site outside the blocks."""
 
-_NAME = re.compile(r"^(?:L(?P<layer>\d+)\.)?(?P<kind>[a-z]+(?:\.(?!bias$)[a-z]+)?)(?P<bias>\.bias)?$")
+ALL = -1
+"""The expert of a site that is not one expert's: of a dense map, or of all experts side by side."""
+
+_NAME = re.compile(r"^(?:L(?P<layer>\d+)\.)?(?P<kind>[a-z]+(?:\.(?!bias$)[a-z]+)?)"
+                   r"(?:\.E(?P<expert>\d+))?(?P<bias>\.bias)?$")  # fmt: skip
 
 
 @dataclass(frozen=True, order=True)
 class Site:
     """One linear map: its layer, its kind, and whether the bias is meant instead of the weight.
 
+    Attributes:
+        layer: of the block, from 0; OUTSIDE for an embedding.
+        kind: which of the block's maps.
+        bias: its bias, not its weight.
+        expert: whose map it is in a mixture of experts; ALL for a dense map and for all experts side by side.
+
     Raises:
-        InputError: a block's kind without a layer, or an embedding with one.
+        InputError: a block's kind without a layer, an embedding with one, or an expert of what experts do not have.
     """
 
     layer: int
     kind: Kind
     bias: bool = False
+    expert: int = ALL
 
     _repr_html_ = method("memloc.notebook:html")
 
     def __post_init__(self) -> None:
         if self.kind.in_block == (self.layer == OUTSIDE) or self.layer < OUTSIDE:
             raise InputError(f"{self.kind} at layer {self.layer}: kinds inside a block need a layer, others none")
+        if self.expert < ALL or (self.expert != ALL and not self.kind.of_experts):
+            raise InputError(f"{self.kind} of expert {self.expert}: experts are counted from 0 and have mlp.gate, "
+                             "mlp.in and mlp.out")  # fmt: skip
+
+    @property
+    def joint(self) -> Site:
+        """The same map of all experts side by side; a dense map is its own."""
+        return replace(self, expert=ALL)
+
+    def of(self, expert: int) -> Site:
+        """The same map of one expert."""
+        return replace(self, expert=expert)
 
     def __str__(self) -> str:
         place = f"L{self.layer}.{self.kind}" if self.kind.in_block else str(self.kind)
+        place += "" if self.expert == ALL else f".E{self.expert}"
         return place + ".bias" if self.bias else place
 
     @classmethod
     def parse(cls, name: str) -> Site:
-        """The site that prints as `name`, such as `L3.attn.out` or `L0.mlp.out.bias`.
+        """The site that prints as `name`, such as `L3.attn.out`, `L0.mlp.out.bias` or `L1.mlp.out.E5`.
 
         Raises:
             InputError: `name` is not of that form.
@@ -130,6 +162,8 @@ class Site:
         found = _NAME.match(name)
         kinds = {str(kind) for kind in Kind}
         if found is None or found["kind"] not in kinds:
-            raise InputError(f"no site called {name!r}; expected L<layer>.<kind>, kinds: {', '.join(sorted(kinds))}")
+            raise InputError(f"no site called {name!r}; expected L<layer>.<kind> (of an expert: .E<number> behind it), "
+                             f"kinds: {', '.join(sorted(kinds))}")  # fmt: skip
         layer = OUTSIDE if found["layer"] is None else int(found["layer"])
-        return cls(layer, Kind(found["kind"]), found["bias"] is not None)
+        expert = ALL if found["expert"] is None else int(found["expert"])
+        return cls(layer, Kind(found["kind"]), found["bias"] is not None, expert)

@@ -26,13 +26,23 @@ from memloc.engines.engine import HOOKS, Engine, PlainHooks
 from memloc.engines.opening import open_engine
 from memloc.engines.parity import prove_engine
 from memloc.errors import InputError, ModelError
+from memloc.experts import Inner
 from memloc.lazy import method
 from memloc.loading import load
 from memloc.passages import Passages, decode
 from memloc.paths_given import Given, given_paths
 from memloc.proof import prove_row
 from memloc.provenance import digest_tensor
-from memloc.sites import MAPS, OUTSIDE, Kind, Site
+from memloc.sites import ALL, MAPS, OUTSIDE, Kind, Site
+
+_INSIDE: Mapping[tuple[Kind, hooks.Side, bool], Inner] = {
+    (Kind.MLP_GATE, "input", False): "read", (Kind.MLP_IN, "input", False): "read",
+    (Kind.MLP_GATE, "output", True): "gate", (Kind.MLP_GATE, "output", False): "gate",
+    (Kind.MLP_IN, "output", True): "in", (Kind.MLP_IN, "output", False): "in",
+    (Kind.MLP_OUT, "input", True): "neurons", (Kind.MLP_OUT, "input", False): "neurons",
+    (Kind.MLP_OUT, "output", False): "said",
+}  # fmt: skip
+"""Where a side of a map is, by whether all experts are meant; the rest is input and output of their module."""
 
 
 class ModelView:
@@ -71,7 +81,7 @@ class ModelView:
         every = model.named_parameters(remove_duplicate=False)
         self._names = {name: first.setdefault(id(parameter), name) for name, parameter in every}
         self._check_parameters()
-        self.neurons = int(self.weight(Site(0, Kind.MLP_OUT)).shape[1])
+        self.widths = tuple(self._width(layer) for layer in range(self.layers))
         self.head_width = int(self.weight(Site(0, Kind.ATTN_OUT)).shape[1]) // self.heads
         self.kv_heads = self._groups()
 
@@ -176,8 +186,60 @@ class ModelView:
         """
         path = self._path(site)
         if path is None:
-            raise InputError(f"{site}: not in {self.row.family} with {self.layers} layers")
+            held = f"with {self.layers} layers"
+            if site.expert != ALL and 0 <= site.layer < self.layers:
+                held = f"with {self.experts(site.layer)} experts in layer {site.layer}"
+            raise InputError(f"{site}: not in {self.row.family} {held}")
         return self._module(path)
+
+    def path(self, site: Site) -> str | None:
+        """Module path of a site inside its block (of all experts together, where it is theirs), or None."""
+        if not 0 <= site.layer < self.layers or site.expert >= self.experts(site.layer):
+            return None
+        experts = self.row.experts
+        if experts is not None and self.experts(site.layer):
+            if site.kind is Kind.MLP_ROUTER:
+                return experts.router
+            if site.kind.of_experts:
+                return experts.path
+        if site.expert != ALL:
+            return None
+        return self.row.path(site.kind) if site.kind.is_map else self.row.beside(site.kind)
+
+    def experts(self, layer: int) -> int:
+        """How many experts block `layer` has; 0 where it is dense."""
+        experts = self.row.experts
+        module = None if experts is None else self._modules.get(f"{self.row.blocks}.{layer}.{experts.path}")
+        return 0 if module is None or experts is None else len(module.get_parameter(experts.out))
+
+    def expert_sites(self, *kinds: Kind) -> tuple[Site, ...]:
+        """Every expert's own sites of `kinds`, by layer; none in dense blocks."""
+        wanted = [kind for kind in kinds if kind.of_experts]
+        found = [(site, number) for site in self.sites(*wanted) for number in range(self.experts(site.layer))]
+        return tuple(site.of(number) for site, number in found)
+
+    def units(self, site: Site) -> tuple[Site, ...]:
+        """The sites whose weights are stored as matrices: those of the experts that `site` joins, else the site."""
+        count = self.experts(site.layer) if site.kind.of_experts and site.expert == ALL else 0
+        return tuple(site.of(number) for number in range(count)) or (site,)
+
+    @property
+    def neurons(self) -> int:
+        """Neurons of a block, of all its experts together.
+
+        Raises:
+            ModelError: blocks differ in it; see `widths`.
+        """
+        if len(set(self.widths)) > 1:
+            raise ModelError(f"{self.name} has blocks of {min(self.widths)} to {max(self.widths)} neurons (dense, "
+                             "and mixtures of experts); what needs one number for all does not work on it")  # fmt: skip
+        return self.widths[0]
+
+    @property
+    def told_neurons(self) -> int | str:
+        """Neurons of a block, for people: a range where blocks differ."""
+        least, most = min(self.widths), max(self.widths)
+        return most if least == most else f"{least} to {most}"
 
     def block(self, layer: int) -> nn.Module:
         """Block `layer`."""
@@ -194,7 +256,7 @@ class ModelView:
             # A family's models differ in these; some norms have no parameters.
             part = "bias" if site.bias else "weight"
             return path in self._modules and isinstance(getattr(self._modules[path], part, None), nn.Parameter)
-        return not site.bias or getattr(self.module(site), "bias", None) is not None
+        return not site.bias or getattr(self.module(site), self._held(site), None) is not None
 
     def sites(self, *kinds: Kind) -> tuple[Site, ...]:
         """All sites of `kinds` the family has, by layer."""
@@ -204,12 +266,16 @@ class ModelView:
 
     @property
     def kinds(self) -> tuple[Kind, ...]:
-        """The kinds of linear map a block of this family has."""
-        return tuple(kind for kind in MAPS if kind.in_block and self.row.path(kind) is not None)
+        """The kinds of linear map a block of this family has, whose both sides can be read and replaced.
+
+        Not the router of a mixture: what it puts out is read (`Kind.MLP_ROUTER`), but its module goes on to choose.
+        """
+        inside = [kind for kind in MAPS if kind.in_block and kind is not Kind.MLP_ROUTER]
+        return tuple(kind for kind in inside if any(self.has(Site(layer, kind)) for layer in range(self.layers)))
 
     def parameter(self, site: Site) -> nn.Parameter:
         """The stored parameter that holds `site`, in its stored layout."""
-        found = getattr(self.module(site), "bias" if site.bias else "weight", None)
+        found = getattr(self.module(site), self._held(site), None)
         if not isinstance(found, nn.Parameter):
             raise InputError(f"{site}: {type(self.module(site)).__name__} holds no such parameter")
         return found
@@ -217,19 +283,22 @@ class ModelView:
     def place(self, site: Site) -> Place:
         """Where the weight of `site` lies: parameter name, orientation, rows of a fused matrix."""
         self.parameter(site)
-        name = self._names[f"{self._path(site)}.{'bias' if site.bias else 'weight'}"]
+        name = self._names[f"{self._path(site)}.{self._held(site)}"]
+        if self._of_experts(site):
+            return self._place_of_experts(site, name)
         transposed = self.row.stored_in_out and site.kind.in_block and site.kind.is_map and not site.bias
         fused = self.row.shared(site.kind)
         if fused is None:
             return Place(name, transposed)
-        shape = Shape(self.heads, self.kv_heads, self.head_width, self.neurons)
+        shape = Shape(self.heads, self.kv_heads, self.head_width, self.widths[site.layer])
         return Place(name, transposed, fused.rows(site.kind, shape))
 
     def weight(self, site: Site) -> Tensor:
         """The weight `[out, in]` (or bias `[out]`): a view on the model's memory.
 
-        It is a copy for interleaved fused maps, where the weight lies in slices (every process must ask then), and
-        where it is offloaded (it is read from there each time).
+        It is a copy for interleaved fused maps, for the maps of all experts side by side (those of one are a view),
+        where the weight lies in slices (every process must ask then), and where it is offloaded (it is read from there
+        each time).
         """
         self.parameter(site)
         place = self.place(site)
@@ -275,14 +344,22 @@ class ModelView:
     ) -> AbstractContextManager[dict[Site, Tensor]]:
         """What flows into (or out of) `sites`: site to `[n, t, width]`; see `hooks.record`.
 
-        The output of a query, key or value site of a fused map is the whole fused output.
+        The output of a query, key or value site of a fused map is the whole fused output. In a mixture of experts what
+        enters `mlp.out` are all experts' neurons, times the router's weights, and 0 where a token is not sent to the
+        expert; what enters and leaves the maps of one expert is its part of that.
         """
+        sites = tuple(sites)
+        if grad and side == "output":
+            _refuse_routers(sites)
         return hooks.record(self._points(sites, side), grad=grad, stop=stop and self._stops, by=self.engine.visiting)
 
     def replace(
         self, sites: Iterable[Site], change: Callable[[Site, Tensor], Tensor], *, side: hooks.Side = "input"
     ) -> AbstractContextManager[None]:
         """Put `change(site, tensor)` in the place of what flows into (or out of) `sites`; see `hooks.replace`."""
+        sites = tuple(sites)
+        if side == "output":
+            _refuse_routers(sites)
         return hooks.replace(self._points(sites, side), change, by=self.engine.visiting)
 
     def record_blocks(
@@ -354,7 +431,7 @@ class ModelView:
 
     def record_added(self, sites: Iterable[Site]) -> AbstractContextManager[dict[Site, Tensor]]:
         """What the blocks add to the stream for their maps `sites` (`attn.out`, `mlp.out`): site to `[n, t, d]`."""
-        paths = {site: self.row.added.get(site.kind) or self.row.path(site.kind) for site in sites}
+        paths = {site: self.row.added.get(site.kind) or self.path(site) for site in sites}
         return hooks.record({site: self.point(site, path, "output") for site, path in paths.items()})
 
     def point(self, site: Site, path: str | None, side: hooks.Side) -> hooks.Point:
@@ -362,6 +439,8 @@ class ModelView:
         if not site.kind.in_block:
             return hooks.Point(self.module(site), side)
         module = self.module(site) if path is None else self._module(f"{self.row.blocks}.{site.layer}.{path}")
+        if path is None and self._of_experts(site) and (inside := _INSIDE.get((site.kind, side, site.expert == ALL))):
+            return self._inside(site.layer, inside, site.expert)
         return hooks.Point(module, side, self.block(site.layer), side == "output" and self.row.overwrites)
 
     def tail(self, layer: int, batch: Batch) -> Tail:
@@ -439,14 +518,55 @@ class ModelView:
         """No gradients for any parameter inside the block; activations may still have them."""
         return self.trainable()
 
+    def record_routing(self, layers: Iterable[int]) -> AbstractContextManager[dict[int, Tensor]]:
+        """The weight with which tokens are sent to experts: layer to `[n, t, experts]`, 0 where one is not sent."""
+        points = {layer: self._inside(layer, "weights", ALL) for layer in layers if self.experts(layer)}
+        return hooks.record(points, by=self.engine.visiting)
+
+    def _inside(self, layer: int, place: Inner, expert: int) -> hooks.Point:
+        """A point inside the module of experts of a block."""
+        experts = self.row.experts
+        if experts is None:
+            raise InputError(f"layer {layer}: no experts")
+        module = self._module(f"{self.row.blocks}.{layer}.{experts.path}")
+        return hooks.Point(module, "input", self.block(layer), False,
+                           hooks.Inside(place, (experts.into, experts.out), expert))  # fmt: skip
+
+    def _of_experts(self, site: Site) -> bool:
+        return site.kind.of_experts and bool(self.experts(site.layer))
+
+    def _place_of_experts(self, site: Site, name: str) -> Place:
+        """The gate's rows come before those of `mlp.in`, in one parameter."""
+        width, rows = self.widths[site.layer] // self.experts(site.layer), None
+        if site.kind is not Kind.MLP_OUT:
+            rows = slice(0, width) if site.kind is Kind.MLP_GATE else slice(width, 2 * width)
+        if site.expert != ALL:
+            return Place(name, rows=rows, expert=site.expert)
+        return Place(name, rows=rows, joined="columns" if rows is None else "rows")
+
+    def _width(self, layer: int) -> int:
+        """How many neurons block `layer` has."""
+        site = Site(layer, Kind.MLP_OUT)
+        stored = self.parameter(site).shape
+        if self._of_experts(site):
+            return int(stored[0] * stored[2])
+        return int(stored[0 if self.row.stored_in_out else 1])
+
     def _path(self, site: Site) -> str | None:
         """Whole path of the module of `site`, or None where the family has none or the model fewer layers."""
         if site.kind is Kind.EMBED or site.kind is Kind.UNEMBED:
             return self.row.embed if site.kind is Kind.EMBED else self.row.unembed
-        inner = self.row.path(site.kind) if site.kind.is_map else self.row.beside(site.kind)
-        if inner is None or not site.kind.in_block:
-            return inner
-        return f"{self.row.blocks}.{site.layer}.{inner}" if 0 <= site.layer < self.layers else None
+        if not site.kind.in_block:
+            return self.row.beside(site.kind)
+        inner = self.path(site)
+        return None if inner is None else f"{self.row.blocks}.{site.layer}.{inner}"
+
+    def _held(self, site: Site) -> str:
+        """What the module of `site` calls its parameter."""
+        name = "bias" if site.bias else "weight"
+        if self._of_experts(site) and self.row.experts is not None:
+            name = self.row.experts.parameter(site.kind) + ("_bias" if site.bias else "")
+        return name
 
     def _module(self, path: str) -> nn.Module:
         try:
@@ -492,6 +612,13 @@ class ModelView:
                 raise ModelError(
                     f"{name} holds values that are not finite (NaN or infinite); the checkpoint is damaged"
                 )
+
+
+def _refuse_routers(sites: Iterable[Site]) -> None:
+    for site in sites:
+        if site.kind is Kind.MLP_ROUTER:
+            why = "what a router puts out can only be read, for its module goes on to choose with it"
+            raise InputError(f"{site}: {why}; take what it reads, or its weight")
 
 
 class Tail:

@@ -91,15 +91,33 @@ CONFIGS: dict[str, tuple[type, dict[str, Any]]] = {
         transformers.BloomConfig,
         {"vocab_size": VOCAB, "hidden_size": 24, "n_layer": 3, "n_head": 3, **_ENDS},
     ),
+    "mixtral": (
+        transformers.MixtralConfig,
+        {**_LLAMA, "intermediate_size": 13, "num_local_experts": 5, "num_experts_per_tok": 2},
+    ),
+    "qwen3_moe": (
+        transformers.Qwen3MoeConfig,
+        {
+            **_LLAMA, "head_dim": 10, "intermediate_size": 65, "moe_intermediate_size": 13, "num_experts": 5,
+            "num_experts_per_tok": 2, "norm_topk_prob": False, "mlp_only_layers": [1],
+        },
+    ),
+    "olmoe": (
+        transformers.OlmoeConfig,
+        {**_LLAMA, "intermediate_size": 13, "num_experts": 5, "num_experts_per_tok": 2, "pad_token_id": 0},
+    ),
 }  # fmt: skip
 """Model type to config class and settings. Grouped queries, a sliding window (Mistral) and local attention (GPT-Neo)
-narrower than the passages, a head width that is not width / heads (Qwen3, Gemma), soft caps that bite (Gemma-2)."""
+narrower than the passages, a head width that is not width / heads (Qwen3, Gemma), soft caps that bite (Gemma-2); among
+the mixtures of experts one with a dense block between, of as many neurons as the experts have together (Qwen3-MoE)."""
 
 FAMILIES = ("gpt2", "gpt_neo", "gpt_neox", "llama", "mistral", "qwen2", "qwen3")
 """Those that every test runs on."""
-UNUSUAL = ("gemma2", "falcon_new", "opt")
+MIXTURES = ("mixtral", "qwen3_moe", "olmoe")
+"""Mixtures of experts."""
+UNUSUAL = ("gemma2", "falcon_new", "opt", *MIXTURES[:2])
 """Held to the whole battery for their traits: norms behind what is written, soft caps and scaled embeddings; parallel
-blocks of two norms with grouped heads in one matrix; maps that are handed their tokens flat."""
+blocks of two norms with grouped heads in one matrix; maps that are handed their tokens flat; mixtures of experts."""
 OTHERS = tuple(family for family in CONFIGS if family not in FAMILIES + UNUSUAL)
 """Held to less: every method once."""
 
@@ -117,6 +135,9 @@ def build(family: str, *, dtype: torch.dtype = torch.float32, seed: int = 0, **c
                     parameter.add_(0.1 * torch.randn_like(parameter))
                 else:
                     parameter.mul_(8)
+    if "num_experts_per_tok" in settings:
+        # The default, a grouped product, takes neither odd sizes nor float64.
+        model.set_experts_implementation("eager")
     return model.eval().to(dtype)
 
 

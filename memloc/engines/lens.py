@@ -92,6 +92,7 @@ class BridgeEngine:
         Raises:
             ModelError: no hook point there, or none was passed in a run.
         """
+        hooks.refuse_inside(points)
         passed: dict[K, bool] = {}
         runs, hooked, own = self.runs, hooks.count_hooks(self._modules), self._own
         with contextlib.ExitStack() as stack:

@@ -14,7 +14,7 @@ from memloc.architectures import Row
 from memloc.errors import InputError
 from memloc.hooks import Side
 from memloc.scores import Selection
-from memloc.sites import MAPS, OUTSIDE, Grain, Kind, Site
+from memloc.sites import ALL, MAPS, OUTSIDE, Grain, Kind, Site
 
 _LENS: dict[tuple[Kind, Side], str] = {
     (Kind.ATTN_Q, "input"): "attn.q.hook_in",
@@ -88,6 +88,8 @@ class LensNames:
             raise InputError(f"{site}: no hook shows a bias")
         if not site.kind.is_map:
             raise InputError(f"{site}: only linear maps have a hook name here")
+        if site.expert != ALL or (site.kind, side) not in _LENS:
+            raise InputError(f"{site}: no hook shows what happens inside a mixture of experts")
         inner = _LENS[site.kind, side]
         return f"blocks.{site.layer}.{inner}" if site.kind.in_block else inner
 
@@ -142,6 +144,8 @@ class NnsightNames:
             raise InputError(f"{site}: nothing passes a bias; no path shows it")
         if not site.kind.is_map:
             raise InputError(f"{site}: only linear maps have a path here")
+        if site.expert != ALL or (self.row.experts is not None and site.kind.in_block and "mlp" in site.kind):
+            raise InputError(f"{site}: no path shows what happens inside a mixture of experts")
         if not site.kind.in_block:
             path = self.row.embed if site.kind is Kind.EMBED else self.row.unembed
             return f"{_safe(path)}.{side}"

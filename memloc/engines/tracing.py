@@ -94,8 +94,9 @@ class TraceEngine:
         """In the body of every trace that is run in the block.
 
         Raises:
-            ModelError: nnsight has no envoy there.
+            ModelError: nnsight has no envoy there, or the place is inside a module of experts.
         """
+        hooks.refuse_inside(points)
         mine = [(point, _bound(visit, key)) for key, point in points.items()]
         for point, _ in mine:
             if id(point.module) not in self._envoys:

@@ -119,7 +119,7 @@ def by_head(view: ModelView, kind: Kind, entries: Tensor) -> Tensor:
 
 
 def _own(view: ModelView, site: Site, flow: Flow) -> Flow:
-    rows = view.place(site).rows
+    rows = view.place(site).shown
     if rows is None:
         return flow
     part = rows if isinstance(rows, slice) else list(rows)

@@ -42,7 +42,9 @@ class Card:
 
 
 def _view(view: ModelView) -> Card:
-    shape = f"{view.row.family}, {view.layers} layers, width {view.width}, {view.heads} heads, {view.neurons} neurons"
+    shape = (
+        f"{view.row.family}, {view.layers} layers, width {view.width}, {view.heads} heads, {view.told_neurons} neurons"
+    )
 
     def body() -> Iterable[str]:
         total = sum(parameter.numel() for parameter in view.model.parameters())
@@ -64,6 +66,7 @@ _MEANING = {
     Kind.ATTN_Q: "queries", Kind.ATTN_K: "keys", Kind.ATTN_V: "values",
     Kind.ATTN_OUT: "output of attention; its input holds the heads", Kind.MLP_GATE: "gate of the MLP",
     Kind.MLP_IN: "into the MLP", Kind.MLP_OUT: "out of the MLP; its input holds the neurons",
+    Kind.MLP_ROUTER: "what chooses among the experts",
     Kind.EMBED: "token embedding", Kind.UNEMBED: "unembedding",
 }  # fmt: skip
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +14,7 @@ from memloc.registry import Registry
 from memloc.terminal import Terminal
 
 if TYPE_CHECKING:
+    from memloc.sites import Site
     from memloc.view import ModelView
 
 
@@ -64,27 +66,47 @@ def _about(view: ModelView) -> dict[str, Any]:
     about = {
         "model": view.name, "family": row.family, "type": view.config.model_type, "layers": view.layers,
         "width": view.width, "heads": view.heads, "key-value heads": view.kv_heads, "head width": view.head_width,
-        "neurons": view.neurons, "vocabulary": view.vocab, "context": view.context, "dtype": str(view.dtype),
+        "neurons": view.told_neurons, "vocabulary": view.vocab, "context": view.context, "dtype": str(view.dtype),
         "tokenizer": type(view.tokenizer).__name__ if view.tokenizer else None, "digest": view.digest,
         "blocks": row.blocks, "final norm": row.final_norm, "unembedding": row.unembed, "soft cap": view.soft_cap,
         "norms before maps": ", ".join(dict.fromkeys(row.norms.values())) or "none, so maps cannot be folded",
         "norms behind maps": ", ".join(row.added.values()) or None,
         "row": "found in the order of the model's calls" if row.found else "in the table",
     }  # fmt: skip
+    counts = [view.experts(layer) for layer in range(view.layers)]
+    if any(counts):
+        dense = [str(layer) for layer, count in enumerate(counts) if not count]
+        about["experts"] = f"{max(counts)} a block" + (f"; dense blocks: {', '.join(dense)}" if dense else "")
     unembed = view.place(view.sites(Kind.UNEMBED)[0]).parameter
     about["tied"] = ", ".join((unembed, *view.tied(unembed))) if view.tied(unembed) else None
     return about
 
 
 def _maps(view: ModelView) -> list[dict[str, Any]]:
-    from memloc.sites import Site
+    from memloc.sites import Kind, Site
 
-    columns = ["kind", "parameter at layer 0", "weight [out, in]", "stored", "bias", "note"]
-    maps = []
-    for kind in view.kinds:
-        place = view.place(Site(0, kind))
-        biased = view.has(Site(0, kind, bias=True))
-        stored = "[in, out]" if place.transposed else "[out, in]"
-        rows = None if place.rows is None else "part of a fused map"
-        maps.append([str(kind), place.parameter, list(view.weight(Site(0, kind)).shape), stored, biased, rows])
-    return [dict(zip(columns, row, strict=True)) for row in maps]
+    columns = ["kind", "parameter", "weight [out, in]", "stored", "bias", "note"]
+    dense = [layer for layer in range(view.layers) if not view.experts(layer)]
+    mixed = [layer for layer in range(view.layers) if view.experts(layer)]
+    layers = sorted(dense[:1] + mixed[:1])
+    sites = [
+        Site(layer, kind)
+        for kind in (*view.kinds, Kind.MLP_ROUTER)
+        for layer in (layers if kind.of_experts or kind is Kind.MLP_ROUTER else layers[:1])
+    ]
+    return [dict(zip(columns, _map(view, site), strict=True)) for site in sites if view.has(site)]
+
+
+def _map(view: ModelView, site: Site) -> list[Any]:
+    unit = view.units(site)[0]
+    place = view.place(unit)
+    stored = "[in, out]" if place.transposed else "[out, in]"
+    biased = view.has(replace(site, bias=True))
+    return [str(site.kind), place.unit, list(view.weight(unit).shape), stored, biased, _note(view, site)]
+
+
+def _note(view: ModelView, site: Site) -> str | None:
+    """What a map shares its parameter with."""
+    if view.units(site) != (site,):
+        return f"of each of {view.experts(site.layer)} experts"
+    return None if view.place(site).rows is None else "part of a fused map"

@@ -18,6 +18,8 @@ from memloc.registry import Registry
 ROOT = Path(__file__).parents[2]
 
 FLOORS: tuple[str, ...] = (
+    "memloc.errors memloc.experts memloc.lazy memloc.progress memloc.slices memloc.statistics",
+    "memloc memloc.flags memloc.hooks memloc.loading memloc.processes memloc.provenance memloc.registry",
     "memloc.errors memloc.lazy memloc.offloading memloc.progress memloc.slices memloc.statistics",
     "memloc memloc.flags memloc.hooks memloc.loading memloc.processes memloc.provenance memloc.registry "
     "memloc.sites memloc.store memloc.terminal",
@@ -33,6 +35,12 @@ FLOORS: tuple[str, ...] = (
     "memloc.grids memloc.localizers memloc.truth",
     "memloc.checks memloc.verbs",
     "memloc.cli",
+    "editors editors.methods editors.deltas editors.rounding editors.packing editors.shards editors.masks",
+    "editors.contexts editors.patch editors.descent editors.replay editors.keep editors.least_squares",
+    "editors.binding editors.alternative editors.keys_values editors.own_words",
+    "editors.disk_names editors.edit_file editors.edit_record editors.model_card",
+    "editors.stored_matrix",
+    "editors.adapters",
     "editors editors.activity editors.alternative editors.ball editors.base editors.contexts "
     "editors.curvature_pairs editors.deltas editors.keep editors.masks editors.methods editors.model_card "
     "editors.odds editors.packing editors.replay editors.rounding editors.shards editors.trial "
