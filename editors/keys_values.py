@@ -39,6 +39,37 @@ def read_at(
     return {site: torch.cat(parts) for site, parts in found.items()}
 
 
+@torch.no_grad()
+def read_blocks_at(view: ModelView, layer: int, rows: Sequence[Row], *, size: int = 64) -> Tensor:
+    """What block `layer` puts out at each row's token: `[n, d]`, float64 on the CPU."""
+    found = []
+    for start in range(0, len(rows), size):
+        part = rows[start : start + size]
+        batch = pad([row.ids for row in part], device=view.device)
+        at = torch.tensor([row.at for row in part], device=view.device)
+        with view.record_blocks([layer], stop=True) as seen:
+            view.hidden(batch)
+        found.append(seen[layer][torch.arange(len(part), device=at.device), at].to("cpu", torch.float64))
+    return torch.cat(found)
+
+
+@torch.no_grad()
+def chances(view: ModelView, demands: Sequence[Demand], *, size: int = 64) -> list[float]:
+    """Probability of each fact's whole target after its bare prompt."""
+    found: list[float] = []
+    for start in range(0, len(demands), size):
+        part = demands[start : start + size]
+        rows = [entry.prompts[0].ids + entry.target[:-1] for entry in part]
+        batch = pad(rows, device=view.device)
+        line = torch.tensor([index for index, entry in enumerate(part) for _ in entry.target], device=view.device)
+        column = [len(entry.prompts[0].ids) - 1 + step for entry in part for step in range(len(entry.target))]
+        token = torch.tensor([token for entry in part for token in entry.target], device=view.device)
+        logs = view.logits_at(batch, line, torch.tensor(column, device=view.device)).log_softmax(-1)
+        spoken = logs.gather(1, token[:, None])[:, 0]
+        found += torch.zeros(len(part), device=view.device).to(spoken).index_add(0, line, spoken).exp().tolist()
+    return found
+
+
 @dataclass(frozen=True, kw_only=True)
 class Descent:
     """How values are searched for.

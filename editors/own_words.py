@@ -50,7 +50,7 @@ def namesakes(
         return ()
     start, end = prompt.subject
     head, subject, tail = prompt.ids[:start], prompt.ids[start:end], prompt.ids[end:]
-    starts: list[tuple[int, ...]] = [(*head, kin) for kin in _kin(view, subject[0])] * -(-count // KIN)
+    starts: list[tuple[int, ...]] = [(*head, kin) for kin in kin(view, subject[0])] * -(-count // KIN)
     length = min(end + SLACK, (view.context or end + SLACK + len(tail)) - len(tail))
     made = sample(view, starts, length, generator, top_k=top_k)
     if head:
@@ -119,7 +119,7 @@ def recalls(
     return tuple(Prompt(ids, (0, len(start)), decode(view.tokenizer, ids)) for ids in ranked)
 
 
-def _kin(view: ModelView, token: int) -> list[int]:
+def kin(view: ModelView, token: int) -> list[int]:
     table = view.weight(Site(OUTSIDE, Kind.EMBED)).detach()
     alike = (table @ table[token]).float() / table.norm(dim=1).float().clamp_min(1e-12)
     return [int(kin) for kin in alike.topk(min(KIN, len(alike))).indices]
