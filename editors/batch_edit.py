@@ -8,22 +8,23 @@ weight is written.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
 
 from editors.base import Request
-from editors.closed_forms import Factor, Metric, insert_pairs, rounded
+from editors.closed_forms import Factor, Metric, charge, insert_pairs, rounded
 from editors.conflicts import refuse_alike, refuse_same
 from editors.contexts import Demand, Row, Token, check_context, demand, row_of, sample_prefixes
 from editors.deltas import Delta, LowRank, add
 from editors.edit import Edit
 from editors.growth import limited
 from editors.hook_form import as_if
+from editors.joint_values import optimise_jointly
 from editors.keys_values import Descent, Values, chances, optimise_values, read_at, read_blocks_at
-from editors.own_words import recalls
+from editors.own_words import recalls, shared_ways
 from editors.protected import NOTE, Protected, note_of, protected_rows, second_moment_at
 from memloc import progress
 from memloc.errors import InputError
@@ -55,6 +56,8 @@ class BatchEditor:
         weight_decay: weight of its norm / ‖clean output‖² in the loss.
         kl_weight: weight of the change of the answer to "{subject} is a", in nats; at subject-last only.
         stop_below: a fact's search ends when its loss is below.
+        price: weight of the drift that the closed form will charge for the values (of what should stay, in shares of
+            the maps' outputs) in the search for them, all facts together; 0 searches for each by itself, as published.
         damping: share of the moment's mean diagonal added to its diagonal.
         samples: how many prefixes of each length the model writes.
         lengths: of these prefixes in tokens, the start token included.
@@ -73,26 +76,27 @@ class BatchEditor:
     """
 
     layers: tuple[int, ...] = ()
-    depths: tuple[float, ...] = (0.3, 0.7)
+    depths: tuple[float, ...] = (0.3, 1.0)
     token: Token = "prompt-last"
     spread: Spread = "even"
     rounds: int = 1
     ways: Literal["each", "mean"] = "each"
-    steps: int = 25
-    lr: float = 0.5
+    steps: int = 40
+    lr: float = 0.1
     clamp: float = 4.0
     weight_decay: float = 1e-3
     kl_weight: float = 0.0625
-    stop_below: float = 0.05
-    damping: float = 1e-4
+    stop_below: float = 0.1
+    price: float = 10.0
+    damping: float = 1e-2
     samples: int = 2
     lengths: tuple[int, ...] = (5, 10)
     top_k: int = 5
     recalls: int = 8
     protect: float = 1.0
-    namesakes: int = 12
+    namesakes: int = 24
     replay: float = 1.0
-    sentences: int = 600
+    sentences: int = 1200
     sentence_length: int = 16
     past: float = 1.0
     growth: float | None = None
@@ -105,8 +109,8 @@ class BatchEditor:
         """Which directions of a map's input are cheap, from what should stay."""
         raise NotImplementedError
 
-    def slack_of(self, width: int) -> float:
-        """What a miss may cost, for a map of `width` inputs."""
+    def slack_of(self, keys: Tensor) -> float:
+        """What a miss of these keys `[n, f]` may cost."""
         raise NotImplementedError
 
     def with_past(
@@ -122,11 +126,8 @@ class BatchEditor:
                 found[site] = metric.holding(keys, 1 / len(keys))
         return found, {site: keys for site, keys in held.items() if not isinstance(found[site], Factor)}
 
-    def __call__(self, view: ModelView, request: Request) -> Edit:
-        """The edit that makes all of the request's facts so; the model is as it was, to the bit.
-
-        Uses `facts`, `text` (ordinary text, for the moments), `retain`, `keep_facts`, `past` and `seed`.
-        """
+    def edited(self, view: ModelView, request: Request) -> Edit:
+        """The edit that makes all of the request's facts so; the model is as it was, to the bit."""
         facts = request.need_facts()
         self._check()
         refuse_same(facts)
@@ -209,6 +210,17 @@ class Asked:
                 mean[line, row] = weight
         return cls(tuple(rows), mean, torch.tensor([parts[0][0] for parts in lines]), torch.tensor(fact))
 
+    def keys(self, demands: Sequence[Demand]) -> list[list[int]]:
+        """For every fact the key of each of its prompts, and of its essence that of the bare prompt."""
+        weight = (self.mean > 0).double()
+        of_row = weight.argmax(0).tolist()
+        found, start = [], 0
+        for entry in demands:
+            mine = of_row[start : start + len(entry.prompts)]
+            start += len(entry.prompts)
+            found.append(mine + mine[:1] * (entry.essence is not None))
+        return found
+
 
 @dataclass(frozen=True)
 class Work:
@@ -224,6 +236,7 @@ class Work:
     held: Mapping[Site, Tensor]
     past: tuple[Edit, ...]
     source: str
+    energy: Mapping[Site, float]
     notes: dict[str, Any] = field(default_factory=dict)
 
     @classmethod
@@ -237,15 +250,19 @@ class Work:
             prefixes = sample_prefixes(view, editor.lengths, editor.samples, draw, top_k=editor.top_k)
         demands, own = _demands(editor, view, facts, prefixes, draw)
         check_context(demands, view.context)
+        for entry in demands:
+            if layers[-1] == view.layers - 1 and all(row.at < len(row.ids) - 1 for row in entry.prompts):
+                raise InputError(f"fact {entry.id!r}: what the last block puts out at the subject reaches no later token; "
+                                 "edit lower layers, or at prompt-last")  # fmt: skip
         kept = protected_rows(view, facts, editor.token, keep=request.keep_facts, retain=request.retain,
                               past=request.past, others=editor.namesakes if editor.protect else 0,
                               sentences=editor.sentences if editor.replay else 0, length=editor.sentence_length,
                               generator=draw)  # fmt: skip
         moments, source = _moments(editor, view, request, sites)
-        metrics, held = _metrics(editor, view, sites, moments, kept)
+        metrics, held, energy = _metrics(editor, view, sites, moments, kept)
         notes = {"prefixes": list(prefixes), "protected": dict(kept.counts)}
         return cls(editor, view, facts, demands, Asked.of(demands, own, editor.ways), layers, metrics, held,
-                   request.past, source, notes)  # fmt: skip
+                   request.past, source, energy, notes)  # fmt: skip
 
     def solved(self) -> tuple[dict[Site, Delta], dict[str, Any]]:
         """The deltas, and what is worth knowing of them."""
@@ -278,13 +295,31 @@ class Work:
             clean = read_at(self.view, [site], bare, side="output")[site]
         else:
             clean = read_blocks_at(self.view, site.layer, bare)
-        return optimise_values(self.view, site.layer, self.demands, clean.norm(dim=1).float(), self.editor.descent)
+        scale = clean.norm(dim=1).float()
+        if not self.editor.price:
+            found = optimise_values(self.view, site.layer, self.demands, scale, self.editor.descent)
+            return replace(found, change=found.change[self.asked.fact])
+        return optimise_jointly(self.view, site.layer, self.demands, self.asked.keys(self.demands), self._price(), scale,
+                                self.editor.descent)  # fmt: skip
+
+    def _price(self) -> Tensor:
+        """What the closed forms will charge for values, `[n, n]`: each layer's drift in shares of its own output."""
+        sites = [Site(layer, Kind.MLP_OUT) for layer in self.layers]
+        read = read_at(self.view, sites, self.asked.rows)
+        total = torch.zeros(len(self.asked.mean), len(self.asked.mean), dtype=torch.float64)
+        left = 1.0
+        for order, site in enumerate(sites):
+            part = left * self._share(order)
+            left -= part
+            keys = self.asked.mean @ read[site]
+            total += part**2 * charge(keys.T, self.metrics[site], self.editor.slack_of(keys)) / self.energy[site]
+        return self.editor.price * total
 
     def _goal(self, values: Values) -> Tensor:
         """What the last layer's block should put out at each key's first row, `[n, d]` float64."""
         site, rows = Site(self.layers[-1], Kind.MLP_OUT), self._first
         clean = read_blocks_at(self.view, site.layer, rows)
-        change = values.change[self.asked.fact].double()
+        change = values.change.double()
         if not self.view.row.added.get(site.kind):
             return clean + change
         written = read_at(self.view, [site], rows, side="output")[site]
@@ -307,7 +342,7 @@ class Work:
             missing = self._as_output(site, missing)
         if layer == top:
             refuse_alike(self.facts, self.asked.fact, keys, site)
-        slack = self.editor.slack_of(keys.shape[1])
+        slack = self.editor.slack_of(keys)
         try:
             pairs = insert_pairs(keys.T, missing.T, self.metrics[site], slack=slack, held=self.held.get(site))
         except InputError as error:
@@ -334,10 +369,11 @@ def _demands(
     """The facts as rows, and how many of each one's rows are the model's own ways to it."""
     found, own = [], []
     essence = editor.token == "subject-last" and editor.kl_weight > 0
-    for fact in progress.steps(facts, "ways to the facts"):
+    ways = [recalls(view, fact, editor.recalls, draw, top_k=2 * editor.top_k)
+            for fact in progress.steps(facts, "ways to the facts")]  # fmt: skip
+    for fact, mine in zip(facts, shared_ways(view, facts, ways, editor.recalls), strict=True):
         asked = demand(fact, view.tokenizer, prefixes, editor.token, essence=essence)
-        ways = recalls(view, fact, editor.recalls, draw, top_k=2 * editor.top_k)
-        rows = tuple(dict.fromkeys(row_of(prompt, editor.token) for prompt in ways))
+        rows = tuple(dict.fromkeys(row_of(prompt, editor.token) for prompt in mine))
         found.append(Demand(asked.id, asked.prompts + rows, asked.target, asked.essence))
         own.append(len(rows))
     return tuple(found), own
@@ -358,8 +394,8 @@ def _moments(
 
 def _metrics(
     editor: BatchEditor, view: ModelView, sites: Sequence[Site], moments: Mapping[Site, Tensor], kept: Protected
-) -> tuple[dict[Site, Metric], dict[Site, Tensor]]:
-    """What is cheap at each site, and keys whose outputs should not move at all."""
+) -> tuple[dict[Site, Metric], dict[Site, Tensor], dict[Site, float]]:
+    """What is cheap at each site, keys whose outputs should not move at all, and mean ‖output‖² over what stays."""
     total = dict(moments)
     for rows, weight in ((kept.named, editor.protect), (kept.said, editor.replay)):
         if rows and weight:
@@ -367,4 +403,6 @@ def _metrics(
             total = {site: moment + weight * more[site] for site, moment in total.items()}
     past = read_at(view, sites, kept.past) if kept.past and editor.past else {}
     metrics = {site: editor.metric(moment) for site, moment in total.items()}
-    return editor.with_past(metrics, past)
+    weights = {site: view.weight(site).detach().to("cpu", torch.float64) for site in sites}
+    energy = {site: float(((weights[site] @ total[site]) * weights[site]).sum()) for site in sites}
+    return *editor.with_past(metrics, past), energy

@@ -172,6 +172,19 @@ def insert_pairs(
     return Pairs(wanted, torch.cholesky_solve(chosen, lower).T @ cheap.T)
 
 
+def charge(keys: Tensor, metric: Metric, slack: float = 0.0) -> Tensor:
+    """The n x n matrix A by which `insert_pairs` costs trace(R A Rᵀ), whatever the R: (KᵀG K + slack)⁻¹.
+
+    Of a metric C⁻¹ the cost is trace(Δ C Δᵀ), what the change moves on average over what C was taken of (and, with
+    slack, ‖Δ K - R‖² / slack).
+    """
+    asked = keys.detach().to("cpu", torch.float64)
+    inner = asked.T @ metric.solve(asked)
+    inner = (inner + inner.T) / 2
+    least = max(slack, 1e-9 * float(inner.diagonal().max()))
+    return torch.cholesky_inverse(torch.linalg.cholesky(inner + least * torch.eye(len(inner), dtype=torch.float64)))
+
+
 def rounded(pairs: Pairs, keys: Tensor) -> LowRank:
     """The factors in float32, the left ones balanced so that the answers to `keys` stay what they were.
 

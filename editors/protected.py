@@ -44,12 +44,16 @@ class Protected:
 
 
 @torch.no_grad()
-def second_moment_at(view: ModelView, sites: Sequence[Site], rows: Sequence[Row], *, size: int = 256) -> dict[Site, Tensor]:
+def second_moment_at(
+    view: ModelView, sites: Sequence[Site], rows: Sequence[Row], *, size: int = 256
+) -> dict[Site, Tensor]:
     """Mean of k kᵀ over `rows`, each at its token: site to `[f, f]` float64. Rows of the same ids share a forward."""
     places: dict[tuple[int, ...], list[int]] = {}
     for row in rows:
         places.setdefault(row.ids, []).append(row.at)
-    found = {site: torch.zeros(view.weight(site).shape[1], view.weight(site).shape[1], dtype=torch.float64) for site in sites}
+    found = {
+        site: torch.zeros(view.weight(site).shape[1], view.weight(site).shape[1], dtype=torch.float64) for site in sites
+    }
     texts = sorted(places, key=len)
     for start in range(0, len(texts), size):
         part = texts[start : start + size]
@@ -116,8 +120,19 @@ def own_sentences(
     return tuple(found)
 
 
-def protected_rows(view: ModelView, facts: Facts, token: Token, *, keep: Facts | None, retain: Passages | None, past: Iterable[Edit],
-                   others: int, sentences: int, length: int, generator: torch.Generator) -> Protected:
+def protected_rows(
+    view: ModelView,
+    facts: Facts,
+    token: Token,
+    *,
+    keep: Facts | None,
+    retain: Passages | None,
+    past: Iterable[Edit],
+    others: int,
+    sentences: int,
+    length: int,
+    generator: torch.Generator,
+) -> Protected:
     """All of them; see the fields of `Protected`."""
     given = rows_of_facts(keep, token) + rows_predicting(retain)
     edited = [(_subject(fact), fact.target_true[0]) for fact in facts]
@@ -125,8 +140,16 @@ def protected_rows(view: ModelView, facts: Facts, token: Token, *, keep: Facts |
     for fact in facts:
         if fact.prompt.subject is not None and others:
             made += [row_of(prompt, token) for prompt in namesakes(view, fact.prompt, others, generator)]
-    best = [says for start in range(0, len(made), 256) for says in _likeliest(view, [row.ids for row in made[start : start + 256]])]
-    own = tuple(dict.fromkeys(row for row, says in zip(made, best, strict=True) if not _pins(row.ids, row.at, says, edited, token)))
+    best = [
+        says
+        for start in range(0, len(made), 256)
+        for says in _likeliest(view, [row.ids for row in made[start : start + 256]])
+    ]
+    own = tuple(
+        dict.fromkeys(
+            row for row, says in zip(made, best, strict=True) if not _pins(row.ids, row.at, says, edited, token)
+        )
+    )
     said = own_sentences(view, facts, token, sentences, length, generator)
     counts = {"named": len(given), "namesakes": len(own), "said": len(said), "past": 0}
     return Protected(given + own, said, rows_of_past(past), counts)
@@ -149,7 +172,9 @@ def _likeliest(view: ModelView, texts: Sequence[tuple[int, ...]]) -> list[list[i
     return [row[: len(ids)] for row, ids in zip(best.tolist(), texts, strict=True)]
 
 
-def _pins(ids: tuple[int, ...], at: int, says: Sequence[int], edited: Sequence[tuple[tuple[int, ...], int]], token: Token) -> bool:
+def _pins(
+    ids: tuple[int, ...], at: int, says: Sequence[int], edited: Sequence[tuple[tuple[int, ...], int]], token: Token
+) -> bool:
     """Whether keeping the output at `at` would keep an answer that is to change."""
     for subject, answer in edited:
         # The first token of a subject may be another one at the start of a text; what follows is the same.

@@ -17,6 +17,9 @@ import zoo
 from editors.base import Request
 from editors.methods import EDITORS
 from editors.pruners.neuron_dropout import NeuronDropout
+from editors.rewriters.alphaedit import AlphaEdit
+from editors.rewriters.emmet import Emmet
+from editors.rewriters.memit import Memit
 from editors.rewriters.rome import Rome
 from editors.rewriters.sparse_fine_tune import SparseFineTune
 from memloc.localizers.random import Random
@@ -49,7 +52,16 @@ class Case:
 
 QUICK = {"steps": 3, "lr": 1e-2, "replay": 8, "keep_rows": 2}
 
+BATCH: dict[str, Any] = {
+    "layers": (1, 2), "prefixes": (), "kl_weight": 0.0, "steps": 3, "namesakes": 1, "sentences": 6, "recalls": 0,
+    "sentence_length": 5,
+}  # fmt: skip
+"""Small settings of the editors of many facts."""
+
 DEFAULTS: Mapping[str, Case] = {
+    "alphaedit": Case(AlphaEdit(**BATCH, threshold=1.0), ("facts", "text", "keep_facts")),
+    "emmet": Case(Emmet(**BATCH, slack=0.1), ("facts", "text", "retain")),
+    "memit": Case(Memit(**BATCH), ("facts", "text")),
     "neuron-dropout": Case(NeuronDropout(), grain="neuron"),
     "rome": Case(
         Rome(layer=1, prefixes=(), kl_weight=0.0, token="subject-last", steps=4, namesakes=4, recalls=0),
@@ -60,6 +72,13 @@ DEFAULTS: Mapping[str, Case] = {
 """By method. One that is not here is tested as it comes, with forget, retain and text."""
 
 VARIANTS: Mapping[str, Case] = {
+    "memit one by one": Case(
+        Memit(
+            **{**BATCH, "layers": (0, 1), "price": 0.0, "token": "subject-last", "ways": "mean", "spread": "sqrt"},
+            rounds=2,
+        ),
+        ("facts", "text"),
+    ),
     "neuron-dropout scale": Case(NeuronDropout(mode="scale", factor=0.5), grain="neuron"),
     "neuron-dropout heads": Case(NeuronDropout(), grain="head", fraction=0.3),
 }
