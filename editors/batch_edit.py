@@ -252,8 +252,8 @@ class Work:
         check_context(demands, view.context)
         for entry in demands:
             if layers[-1] == view.layers - 1 and all(row.at < len(row.ids) - 1 for row in entry.prompts):
-                raise InputError(f"fact {entry.id!r}: what the last block puts out at the subject reaches no later token; "
-                                 "edit lower layers, or at prompt-last")  # fmt: skip
+                where = "what the last block puts out at the subject reaches no later token"
+                raise InputError(f"fact {entry.id!r}: {where}; edit lower layers, or at prompt-last")
         kept = protected_rows(view, facts, editor.token, keep=request.keep_facts, retain=request.retain,
                               past=request.past, others=editor.namesakes if editor.protect else 0,
                               sentences=editor.sentences if editor.replay else 0, length=editor.sentence_length,
@@ -299,8 +299,8 @@ class Work:
         if not self.editor.price:
             found = optimise_values(self.view, site.layer, self.demands, scale, self.editor.descent)
             return replace(found, change=found.change[self.asked.fact])
-        return optimise_jointly(self.view, site.layer, self.demands, self.asked.keys(self.demands), self._price(), scale,
-                                self.editor.descent)  # fmt: skip
+        keys, price = self.asked.keys(self.demands), self._price()
+        return optimise_jointly(self.view, site.layer, self.demands, keys, price, scale, self.editor.descent)
 
     def _price(self) -> Tensor:
         """What the closed forms will charge for values, `[n, n]`: each layer's drift in shares of its own output."""

@@ -53,8 +53,8 @@ def optimise_jointly(
     check_context(demands, view.context)
     count, device = price.shape[0], view.device
     owner = torch.zeros(count, dtype=torch.long)
-    for fact, mine in enumerate(keys):
-        owner[list(mine)] = fact
+    for fact, own in enumerate(keys):
+        owner[list(own)] = fact
     longest = how.clamp * scale.to(device, torch.float32)[owner]
     charge = price.to(device, torch.float32)
     change, moments = torch.zeros(count, view.width, device=device), torch.zeros(2, count, view.width, device=device)

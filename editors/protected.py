@@ -15,11 +15,9 @@ from torch import Tensor
 
 from editors.contexts import Row, Token, row_of, sample
 from editors.edit import Edit
-from editors.keys_values import read_at
 from editors.own_words import kin, namesakes
 from memloc.batches import pad
-from memloc.errors import InputError
-from memloc.passages import Facts, Passages
+from memloc.passages import Fact, Facts, Passages
 from memloc.sites import Site
 from memloc.view import ModelView
 
@@ -155,7 +153,7 @@ def protected_rows(
     return Protected(given + own, said, rows_of_past(past), counts)
 
 
-def _subject(fact: Any) -> tuple[int, ...]:
+def _subject(fact: Fact) -> tuple[int, ...]:
     if fact.prompt.subject is None:
         return fact.prompt.ids
     start, end = fact.prompt.subject
@@ -180,7 +178,7 @@ def _pins(
         # The first token of a subject may be another one at the start of a text; what follows is the same.
         tail = subject[1:] or subject
         size = len(tail)
-        if any(ids[start : start + size] == tail for start in range(at + 2 - size)):
-            if token == "subject-last" or says[at] == answer:
-                return True
+        there = any(ids[start : start + size] == tail for start in range(at + 2 - size))
+        if there and (token == "subject-last" or says[at] == answer):
+            return True
     return False
