@@ -25,7 +25,7 @@ from editors.patch import DTYPES, dtype_name
 from editors.shards import PICKLES, Entry, open_weights, read_header, read_json
 from memloc.errors import CheckpointError, MismatchError
 from memloc.provenance import digest_raw, digest_tensor
-from memloc.sites import Kind, Site
+from memloc.sites import MAPS, Site
 
 if TYPE_CHECKING:
     from memloc.view import ModelView
@@ -98,7 +98,7 @@ class Adapter:
             raise MismatchError(f"{view.name} holds an adapter already; unload it first; nothing was changed")
         found: dict[Site, Delta] = {}
         homes: dict[str, list[Site]] = {}
-        for site in view.sites(*Kind):
+        for site in view.sites(*MAPS):
             homes.setdefault(view.place(site).parameter, []).append(site)
         for module, factor in self.factors.items():
             found |= self._bind(view, module, factor, homes.get(f"{module}.weight", []))

@@ -39,6 +39,8 @@ class Touched:
         after: and after all of the edit; None for sums and negatives, which no weight has seen yet.
         way_back: bits that repair `cast(new - delta)`, packed; None where `after` is.
         survived: what the cast left of the delta; None where `after` is.
+        exact: bits that turn `cast(old + delta)` into what was meant, packed; None where the cast is what was meant.
+        shared: the parameter has another name (a tied embedding), and is meant under both.
     """
 
     place: Place
@@ -48,6 +50,8 @@ class Touched:
     after: str | None = None
     way_back: bytes | None = None
     survived: Survival | None = None
+    exact: bytes | None = None
+    shared: bool = False
 
     @property
     def parameter(self) -> str:
@@ -56,7 +60,7 @@ class Touched:
 
     def unseen(self) -> Touched:
         """The same binding, with nothing known about the result."""
-        return replace(self, after=None, way_back=None, survived=None)
+        return replace(self, after=None, way_back=None, survived=None, exact=None)
 
     def expect_before(self, site: Site, found: Found) -> None:
         """Whether `found` is the parameter the delta of `site` was computed for.

@@ -243,6 +243,7 @@ class _Job:
                 f"{sites[0]}: {where} holds {name} as {entry.dtype}, quantised; edit a full-precision checkpoint"
             )
         outside = [site for site in sites if site.kind in (Kind.EMBED, Kind.UNEMBED) and not site.bias]
+        outside = [site for site in outside if not self.edit.touched[site].shared]
         if outside and _tied(self.weights, entry):
             raise CheckpointError(f"{outside[0]}: {name} is also the other embedding, tied; nothing was written")
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from editors.methods import EDITORS
-from editors.verbs import export
+from editors.verbs import editability, export, sweep, verify
 from editors.verbs.export import print_written
 from memloc import cli as looking
 from memloc import command, processes
@@ -110,6 +110,8 @@ def _edit(arguments: argparse.Namespace, terminal: Terminal) -> None:
         matched = replace(request, selection=request.selection.random_like(arguments.seed))
         path = arguments.out.with_suffix(f".control{arguments.out.suffix}")
         made["control"] = _make(arguments, view, matched, path, terminal)
+    if request.forget is not None:
+        terminal.note(f"gone or only hidden? {verify.suggestion(arguments)}")
     terminal.result(made)
 
 
@@ -203,7 +205,16 @@ def verbs() -> tuple[Verb, ...]:
         Verb("edit", "compute an edit; no checkpoint is written", _edit_flags, _edit, EDITORS),
         Verb("apply", "write a checkpoint folder with an edit in it", _apply_flags, _apply),
         Verb("undo", "write the checkpoint folder as it was before an edit", _apply_flags, _undo),
+        Verb(
+            "editability",
+            "does localization predict which layer can be edited",
+            editability.flags,
+            editability.run,
+            EDITORS,
+        ),
+        Verb("verify", "is what an edit took out gone or only hidden, and what else broke", verify.flags, verify.run),
         Verb("export", "write an edit as a PEFT adapter or a checkpoint with its model card", export.flags, export.run),
+        Verb("sweep", "any localizer with any editor at equal budgets: what forgetting costs", sweep.flags, sweep.run),
         report,
         Verb("demo", "the whole loop on a model trained on the spot", _demo_flags, _demo),
     )

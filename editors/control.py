@@ -34,7 +34,9 @@ def random_like(edit: Edit, view: ModelView, seed: int) -> Edit:
         deltas[site] = _scrambled(delta, torch.Generator().manual_seed(int(name[:15], 16)))
     settings = {**edit.provenance.settings, "control_of": edit.provenance.method}
     provenance = replace(edit.provenance, method="random", settings=settings, seed=seed)
-    return Edit.of(view, deltas, provenance, rounding=edit.rounding, rounding_seed=edit.rounding_seed)  # type: ignore[arg-type]
+    how = {"rounding": edit.rounding, "rounding_seed": edit.rounding_seed}
+    shared = any(part.shared for part in edit.touched.values())
+    return Edit.of(view, deltas, provenance, shared=shared, **how)  # type: ignore[arg-type]
 
 
 def _scrambled(delta: Delta, generator: torch.Generator) -> Delta:

@@ -8,12 +8,12 @@ decay it moves every weight.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor, nn
 
-from editors.deltas import Sparse
+from editors.deltas import Delta, Dense, Sparse
 from editors.masks import Masks
 from memloc.sites import Site
 from memloc.view import ModelView
@@ -35,6 +35,10 @@ class MaskedAdam:
         masks: site to bool `[out, in]` (or `[out]`).
         lr: step size, in units of a weight.
         betas: decay of the running mean and mean square of the gradient.
+        project: from all trained entries after a step, in the order of `origin`, to what they should be instead.
+
+    Attributes:
+        origin: [k] the trained entries as they were.
 
     Cost: a step is O(masked entries); the backward pass still fills the whole gradient of every touched matrix.
 
@@ -42,23 +46,33 @@ class MaskedAdam:
     """
 
     def __init__(
-        self, view: ModelView, masks: Masks, *, lr: float, betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8
+        self,
+        view: ModelView,
+        masks: Masks,
+        *,
+        lr: float,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        project: Callable[[Tensor], Tensor] | None = None,
     ) -> None:
         self.view, self.masks = view, dict(sorted(masks.items()))
-        self.lr, self.betas, self.eps = lr, betas, eps
+        self.lr, self.betas, self.eps, self.project = lr, betas, eps, project
         self.steps = 0
         chosen = _stored_masks(view, self.masks)
         self.parameters = list(chosen)
-        self._index = [mask.reshape(-1).nonzero().reshape(-1) for mask in chosen.values()]
-        self._sizes = [len(index) for index in self._index]
-        self._origin = self._gather(self.parameters)
-        self._mean = torch.zeros_like(self._origin)
-        self._square = torch.zeros_like(self._origin)
+        # A matrix that is trained whole needs no list of its places, which would weigh twice what it does itself.
+        self._index = [
+            slice(None) if bool(mask.all()) else mask.reshape(-1).nonzero().reshape(-1) for mask in chosen.values()
+        ]
+        self._sizes = [int(mask.sum()) for mask in chosen.values()]
+        self.origin = self._gather(self.parameters)
+        self._mean = torch.zeros_like(self.origin)
+        self._square = torch.zeros_like(self.origin)
 
     @property
     def count(self) -> int:
         """How many entries are trained."""
-        return len(self._origin)
+        return len(self.origin)
 
     @contextlib.contextmanager
     def training(self) -> Iterator[None]:
@@ -77,16 +91,22 @@ class MaskedAdam:
         size = self.lr * scale / (1 - slow**self.steps)
         spread = (self._square / (1 - slower**self.steps)).sqrt_().add_(self.eps)
         moved = self._gather(self.parameters).addcdiv_(self._mean, spread, value=-size)
+        moved = moved if self.project is None else self.project(moved)
         for parameter, index, part in zip(self.parameters, self._index, torch.split(moved, self._sizes), strict=True):
             parameter.view(-1)[index] = part
             parameter.grad = None
 
-    def deltas(self, before: ModelView) -> dict[Site, Sparse]:
-        """What training changed: site to new minus old, float32, at the masked entries."""
-        found = {}
+    def deltas(self, before: ModelView, *, dense: bool = False) -> dict[Site, Delta]:
+        """What training changed: site to new minus old, float32, at the masked entries.
+
+        Args:
+            before: the model that was copied.
+            dense: where a whole matrix was trained, give its change as one, without the list of its places.
+        """
+        found: dict[Site, Delta] = {}
         for site, mask in self.masks.items():
-            change = self.view.weight(site).detach().double() - before.weight(site).detach().double()
-            found[site] = Sparse.of(change.cpu().float(), mask)
+            change = (self.view.weight(site).detach().double() - before.weight(site).detach().double()).cpu().float()
+            found[site] = Dense(change) if dense and bool(mask.all()) else Sparse.of(change, mask)
         return found
 
     def _gather(self, tensors: list[Tensor] | list[nn.Parameter]) -> Tensor:

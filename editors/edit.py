@@ -23,12 +23,12 @@ from editors.binding import Found, Touched
 from editors.deltas import Delta, LowRank
 from editors.edit_file import from_file, to_file
 from editors.packing import pack_repair
-from editors.patch import DTYPES, Survival, add_to, dtype_name, empty_repair, take_from, weight_shape
+from editors.patch import DTYPES, Survival, add_to, bits_short_of, dtype_name, empty_repair, take_from, weight_shape
 from editors.rounding import Rounding
 from memloc import slices, store
 from memloc.errors import ArtifactError, InputError, MismatchError, ModelError
 from memloc.lazy import method
-from memloc.provenance import Provenance, digest_json, digest_tensor
+from memloc.provenance import Provenance, digest_bytes, digest_json, digest_tensor
 from memloc.sites import Site
 
 if TYPE_CHECKING:
@@ -81,6 +81,8 @@ class Edit:
         rounding: Rounding = "nearest",
         rounding_seed: int = 0,
         notes: Mapping[str, Any] | None = None,
+        exact: Mapping[Site, Tensor] | None = None,
+        shared: bool = False,
     ) -> Edit:
         """Bind `deltas` to the weights of `view`, which are read and not changed.
 
@@ -93,16 +95,37 @@ class Edit:
             rounding: "nearest", or "stochastic" where small changes of bfloat16 or float16 weights must survive.
             rounding_seed: of stochastic rounding.
             notes: JSON values.
+            exact: site to the weight it is to be where its delta touches it, bit for bit, in the stored dtype; the
+                delta is this less the old weight, and the bits that adding it cannot reach are kept beside it.
+            shared: an edit of a tied embedding is meant under both its names; by default it is refused.
 
         Raises:
             InputError: no delta, another shape, or two sites that overlap.
             ModelError: a touched weight is quantised, offloaded, tied, or not finite, or would not be finite.
         """
-        bound = {site: _bind(view, site) for site in deltas}
-        edit = cls(deltas, bound, provenance, rounding, rounding_seed, dict(notes or {}))
+        bound = {site: _bind(view, site, shared=shared) for site in deltas}
+        for site, meant in (exact or {}).items():
+            stored = _copy(view, site, shared=shared)
+            short = bits_short_of(stored, bound[site].place, deltas[site], meant.detach().cpu(), name=str(site))
+            bound[site] = replace(bound[site], exact=short or None)
+        return cls._tried(view, deltas, bound, provenance, rounding, rounding_seed, dict(notes or {}))
+
+    @classmethod
+    def _tried(
+        cls,
+        view: ModelView,
+        deltas: Mapping[Site, Delta],
+        bound: Mapping[Site, Touched],
+        provenance: Provenance,
+        rounding: Rounding,
+        rounding_seed: int,
+        notes: Mapping[str, Any],
+    ) -> Edit:
+        """The edit with its digests, its way back and what survives, found on copies of the weights."""
+        edit = cls(deltas, bound, provenance, rounding, rounding_seed, notes)
         touched = dict(bound)
         for sites in edit.parameters.values():
-            stored = _copy(view, sites[0])
+            stored = _copy(view, sites[0], shared=bound[sites[0]].shared)
             before = digest_tensor(stored)
             repairs = {site: empty_repair(stored, deltas[site]) for site in sites}
             found = edit.change(stored, sites, repairs)
@@ -181,6 +204,8 @@ class Edit:
                 "shape": list(self.deltas[site].shape),
                 "place": touched.place.to_json(),
                 "base": [touched.dtype, list(touched.shape), touched.before],
+                **({} if touched.exact is None else {"exact": digest_bytes(touched.exact)}),
+                **({"shared": True} if touched.shared else {}),
             }
             for site, touched in self.touched.items()
         }
@@ -219,7 +244,7 @@ class Edit:
         edit = self if self.reversible else self.rebased(view)
         results: dict[str, Tensor] = {}
         for parameter, sites in edit.parameters.items():
-            stored = _copy(view, sites[0])
+            stored = _copy(view, sites[0], shared=edit.touched[sites[0]].shared)
             edit._expect_before(view, sites, stored)
             edit.change(stored, sites)
             edit.touched[sites[0]].expect_result(sites[0], digest_tensor(stored))
@@ -234,9 +259,13 @@ class Edit:
             MismatchError: the weights are not those the edit was made for.
         """
         for sites in self.parameters.values():
-            self._expect_before(view, sites, _copy(view, sites[0]))
-        how: dict[str, Any] = {"rounding": self.rounding, "rounding_seed": self.rounding_seed, "notes": self.notes}
-        return Edit.of(view, self.deltas, self.provenance, **how)
+            self._expect_before(view, sites, _copy(view, sites[0], shared=self.touched[sites[0]].shared))
+        bound = {
+            site: replace(_bind(view, site, shared=entry.shared), exact=entry.exact)
+            for site, entry in self.touched.items()
+        }
+        how = (self.provenance, self.rounding, self.rounding_seed, self.notes)
+        return Edit._tried(view, self.deltas, bound, *how)
 
     def change(
         self, stored: Tensor, sites: Iterable[Site], repairs: Mapping[Site, Tensor] | None = None
@@ -250,7 +279,7 @@ class Edit:
         found = {}
         for site in sites:
             touched, repair = self.touched[site], None if repairs is None else repairs[site]
-            how |= {"name": str(site), "repair": repair, "measure": touched.survived is None}
+            how |= {"name": str(site), "repair": repair, "measure": touched.survived is None, "exact": touched.exact}
             found[site] = add_to(stored, touched.place, self.deltas[site], **how) or touched.survived
         return {site: entry for site, entry in found.items() if entry is not None}
 
@@ -373,8 +402,8 @@ class Applied:
             return
         results: dict[str, Tensor] = {}
         for parameter, sites in self.edit.parameters.items():
-            stored = _copy(self.view, sites[0])
             touched = self.edit.touched[sites[0]]
+            stored = _copy(self.view, sites[0], shared=touched.shared)
             touched.expect_after(sites[0], _found(stored))
             self.edit.change_back(stored, sites)
             touched.expect_restored(sites[0], digest_tensor(stored))
@@ -408,7 +437,7 @@ def _exchange(view: ModelView, results: dict[str, Tensor]) -> None:
         raise
 
 
-def _bind(view: ModelView, site: Site) -> Touched:
+def _bind(view: ModelView, site: Site, *, shared: bool) -> Touched:
     live, place = view.parameter(site), view.place(site)
     if live.device.type == "meta":
         raise ModelError(f"{site}: the weight is offloaded; edit the checkpoint folder instead (memloc apply)")
@@ -416,15 +445,15 @@ def _bind(view: ModelView, site: Site) -> Touched:
     if dtype not in DTYPES or hasattr(live, "quant_state"):
         raise ModelError(f"{site}: the weight is quantised ({dtype}); edit the full-precision checkpoint")
     others = view.tied(place.parameter)
-    if others:
+    if others and not shared:
         names = " and ".join([place.parameter, *others])
         raise ModelError(f"{site}: {names} are one tensor, tied; an edit of one would be an edit of both")
-    return Touched(place, dtype, tuple(live.shape), "")
+    return Touched(place, dtype, tuple(live.shape), "", shared=bool(others))
 
 
-def _copy(view: ModelView, site: Site) -> Tensor:
+def _copy(view: ModelView, site: Site, *, shared: bool) -> Tensor:
     """The stored parameter of `site`, copied to the CPU; checked to be one that can be edited."""
-    _bind(view, site)
+    _bind(view, site, shared=shared)
     return slices.whole(view.parameter(site).detach()).to("cpu", copy=True).contiguous()
 
 

@@ -32,9 +32,13 @@ def to_file(
             held["index"] = _from_bytes(packed)
         if bound.way_back is not None:
             held["way_back"] = _from_bytes(bound.way_back)
+        if bound.exact is not None:
+            held["exact"] = _from_bytes(bound.exact)
         tensors |= {f"{site}/{name}": tensor for name, tensor in held.items()}
         entry |= {"place": bound.place.to_json(), "dtype": bound.dtype, "shape": list(bound.shape)}
         entry |= {"before": bound.before, "after": bound.after}
+        if bound.shared:
+            entry["shared"] = True
         entry["survived"] = None if bound.survived is None else bound.survived.to_json()
         sites[str(site)] = entry
     return tensors, sites
@@ -64,7 +68,7 @@ def _delta(site: Site, entry: Mapping[str, Any], tensors: Mapping[str, Tensor]) 
 
 
 def _touched(site: Site, entry: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Touched:
-    back = tensors.get(f"{site}/way_back")
+    back, exact = tensors.get(f"{site}/way_back"), tensors.get(f"{site}/exact")
     return Touched(
         Place.from_json(entry["place"]),
         str(entry["dtype"]),
@@ -73,6 +77,8 @@ def _touched(site: Site, entry: Mapping[str, Any], tensors: Mapping[str, Tensor]
         None if entry["after"] is None else str(entry["after"]),
         None if back is None else back.numpy().tobytes(),
         None if entry["survived"] is None else Survival(**entry["survived"]),
+        None if exact is None else exact.numpy().tobytes(),
+        bool(entry.get("shared", False)),
     )
 
 

@@ -145,6 +145,9 @@ def export_checkpoint(
 
 def _module(edit: Edit, sites: Sequence[Site]) -> str:
     parameter = edit.touched[sites[0]].parameter
+    beside = [site for site in sites if not site.kind.is_map]
+    if beside:
+        raise InputError(f"{beside[0]}: a LoRA adapter holds changes of linear maps only; write it --as checkpoint")
     biases = [site for site in sites if site.bias]
     if biases:
         raise InputError(f"{biases[0]}: a LoRA adapter holds no change of a bias; write it --as checkpoint")

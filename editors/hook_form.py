@@ -35,7 +35,7 @@ def as_if(view: ModelView, deltas: Mapping[Site, Delta]) -> Iterator[None]:
     with the delta in memory in full.
     """
     for site in deltas:
-        if not site.kind.in_block:
+        if not (site.kind.in_block and site.kind.is_map):
             raise InputError(f"{site}: only maps inside blocks can be changed by hooks; apply the edit instead")
     sites = sorted({Site(site.layer, site.kind) for site in deltas})
     parts = {site: _factors(deltas[site], view) for site in deltas if not site.bias}

@@ -1,4 +1,4 @@
-"""The keep term of gradient editors: KL(original ‖ edited) per token, on rows that must stay as they are."""
+"""The keep term of gradient editors, on rows that must stay as they are: KL(original ‖ edited), or their NLL."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 
 from memloc.batches import Batch, pad
 from memloc.errors import InputError
-from memloc.objectives import divergence
+from memloc.objectives import divergence, suffix_logprobs
 from memloc.view import ModelView
 
 
@@ -47,13 +47,21 @@ class Keep:
         shares: rows a step of each source.
         steps: how many steps will be asked for.
         seed: of the order of rows.
+        teach: remember the original; without, only `rows` can be asked for.
 
     Cost: one forward over the rows that will be drawn and whose hidden states are not known; memory d floats a token
     drawn, against v for its logits.
     """
 
     def __init__(
-        self, original: ModelView, sources: Sequence[Source], shares: Sequence[int], *, steps: int, seed: int
+        self,
+        original: ModelView,
+        sources: Sequence[Source],
+        shares: Sequence[int],
+        *,
+        steps: int,
+        seed: int,
+        teach: bool = True,
     ) -> None:
         generator = torch.Generator().manual_seed(seed)
         self.sources = list(sources)
@@ -62,22 +70,39 @@ class Keep:
         ]
         self.shares = list(shares)
         for source, order in zip(self.sources, self.order, strict=True):
-            _teach(original, source, sorted(set(order)))
+            if teach:
+                _teach(original, source, sorted(set(order)))
+
+    def rows(self, step: int) -> list[tuple[int, ...]]:
+        """The rows of `step`, as token ids."""
+        return [source.rows[index] for source, index in self._drawn(step)]
 
     def divergence(self, view: ModelView, step: int) -> Tensor:
         """Mean over tokens of KL(original ‖ `view`) on the rows of `step`: scalar, nats; differentiable."""
-        rows: list[tuple[int, ...]] = []
-        hidden: list[Tensor] = []
-        for source, order, share in zip(self.sources, self.order, self.shares, strict=True):
-            for index in order[step * share : (step + 1) * share]:
-                rows.append(source.rows[index])
-                known = source.hidden[index]
-                if known is not None:
-                    hidden.append(known)
-        batch = _batch(view, rows)
+        hidden = [known for source, index in self._drawn(step) if (known := source.hidden[index]) is not None]
+        batch = _batch(view, self.rows(step))
         with torch.no_grad():
             wanted = view.unembed(torch.cat(hidden)).log_softmax(-1)
         return divergence(view, batch, wanted)
+
+    def rise(self, view: ModelView, step: int) -> Tensor:
+        """Mean over the same tokens of how much NLL has risen from the original to `view`: scalar, nats.
+
+        Its gradient is that of the rows' NLL; the original's share of it is there so that 0 means "as it was".
+        """
+        hidden = [known for source, index in self._drawn(step) if (known := source.hidden[index]) is not None]
+        batch = _batch(view, self.rows(step))
+        _, _, token, _ = batch.suffix_index()
+        with torch.no_grad():
+            was = view.unembed(torch.cat(hidden)).log_softmax(-1).gather(1, token[:, None]).mean()
+        return was - suffix_logprobs(view, batch).sum() / len(token)
+
+    def _drawn(self, step: int) -> list[tuple[Source, int]]:
+        return [
+            (source, index)
+            for source, order, share in zip(self.sources, self.order, self.shares, strict=True)
+            for index in order[step * share : (step + 1) * share]
+        ]
 
 
 def _batch(view: ModelView, rows: Sequence[tuple[int, ...]]) -> Batch:

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from editors.deltas import Delta, Piece
-from editors.packing import unpack_repair
+from editors.packing import pack_repair, unpack_repair
 from editors.rounding import Rounding, cast
 from memloc.architectures import Place
 from memloc.errors import InputError, ModelError
@@ -85,10 +85,11 @@ def add_to(
     seed: int = 0,
     repair: Tensor | None = None,
     measure: bool = True,
+    exact: bytes | None = None,
 ) -> Survival | None:
     """Change `stored` in place by `delta`: float32 arithmetic (float64 for F64), one cast.
 
-    Entries whose delta is zero keep their bits.
+    Entries whose delta is zero keep their bits (unless `exact` says otherwise).
 
     Args:
         stored: a parameter in its stored dtype and layout, on the CPU; the caller's own copy.
@@ -100,6 +101,8 @@ def add_to(
         repair: filled, where given: per touched entry the bits by which `cast(new - delta)` misses `old`, see
             `empty_repair`.
         measure: whether to work out what survived, which takes as long as all the rest.
+        exact: bits that turn the result into what was meant, as `bits_short_of` packed them; the cast is to nearest
+            then, because that is what they were found for.
 
     Returns:
         What survived the cast, or None where it is not asked for.
@@ -109,9 +112,11 @@ def add_to(
         ModelError: an old, added or new value is not finite; `stored` may be half changed then.
     """
     tally = np.zeros(5)
+    how: dict[str, Any] = {"rounding": rounding, "seed": seed, "name": name} if exact is None else {}
+    missing = unpack_repair(exact or b"", delta.touched, stored.element_size(), f"{name}: the bits that were meant")
     for piece, key, whole in _walk(stored, place, delta, name):
         old = whole[key].clone(memory_format=torch.contiguous_format)
-        new = _step(old, piece.values, rounding=rounding, seed=seed, name=name, start=piece.start)
+        new = _flipped(_step(old, piece.values, **how, start=piece.start), missing, piece.start)
         # One value that is not finite makes the sum so; the reverse is a false alarm, which the check below finds out.
         if not math.isfinite(float(new.sum())):
             _check_finite(name, dtype_name(stored), old, piece.values, new)
@@ -125,6 +130,30 @@ def add_to(
         return None
     requested, realised, lost = np.sqrt(tally[:3]).tolist()
     return Survival(requested, realised, lost / requested if requested else 0.0, int(tally[3]), int(tally[4]))
+
+
+def bits_short_of(stored: Tensor, place: Place, delta: Delta, meant: Tensor, *, name: str) -> bytes:
+    """What `add_to` lacks to `meant`, packed: rounding and float32 deltas cannot always reach a given number.
+
+    Args:
+        stored: the parameter before, as for `add_to`; not written.
+        place: where the weight lies in it.
+        delta: about `meant` less the old weight where it touches an entry; what it does not touch stays.
+        meant: [out, in] or [out], in the stored dtype.
+        name: of the site, for messages.
+
+    Raises:
+        InputError: another dtype, or shapes differ.
+    """
+    if meant.dtype != stored.dtype or tuple(meant.shape) != delta.shape:
+        raise InputError(f"{name}: meant {dtype_name(meant)} {list(meant.shape)}, expected {dtype_name(stored)} "
+                         f"{list(delta.shape)}")  # fmt: skip
+    short = empty_repair(stored, delta)
+    for piece, key, whole in _walk(stored, place, delta, name):
+        reached = _step(whole[key].clone(memory_format=torch.contiguous_format), piece.values)
+        wanted = meant[piece.rows] if piece.columns is None else meant[piece.rows, piece.columns]
+        short[piece.start : piece.start + reached.numel()] = (_bits(reached) ^ _bits(wanted)).reshape(-1)
+    return pack_repair(short)
 
 
 def empty_repair(stored: Tensor, delta: Delta) -> Tensor:
@@ -149,11 +178,16 @@ def take_from(stored: Tensor, place: Place, delta: Delta, way_back: bytes, *, na
     planes = unpack_repair(way_back, delta.touched, stored.element_size(), f"{name}: the bits of the way back")
     for piece, key, whole in _walk(stored, place, delta, name):
         back = _step(whole[key].clone(memory_format=torch.contiguous_format), -piece.values)
-        if planes is not None:
-            part = np.array(planes[:, piece.start : piece.start + piece.values.numel()].T, order="C")
-            repair = torch.from_numpy(part).view(_BITS[stored.element_size()]).view(back.shape)
-            back = (_bits(back) ^ repair).view(stored.dtype)
-        whole[key] = back
+        whole[key] = _flipped(back, planes, piece.start)
+
+
+def _flipped(values: Tensor, planes: np.ndarray[Any, Any] | None, start: int) -> Tensor:
+    """`values` with the bits of `planes` [width, entries] turned, from entry `start`; themselves where that is None."""
+    if planes is None:
+        return values
+    part = np.array(planes[:, start : start + values.numel()].T, order="C")
+    flips = torch.from_numpy(part).view(_BITS[values.element_size()]).view(values.shape)
+    return (_bits(values) ^ flips).view(values.dtype)
 
 
 def _walk(stored: Tensor, place: Place, delta: Delta, name: str) -> Iterator[tuple[Piece, Any, Tensor]]:

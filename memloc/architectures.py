@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from memloc import offloading
 from memloc.errors import ModelError
 from memloc.sites import Kind
 
@@ -81,6 +82,9 @@ class Row:
         norm_offset: what a norm's stored weight lacks to its gain (1 where it is stored as the gain less 1).
         added: kind (`attn.out`, `mlp.out`) to path, inside a block, of the norm its output passes before it is added
             to the stream; nothing where it is added as it is.
+        inner: kind (`attn.q`, `attn.k`) to path, inside a block, of the norm its output passes, where models have one.
+        position: path of the embedding of positions, where they have one.
+        embed_norm: path of the norm behind the token embedding, where they have one.
         when: settings of the configuration that this row asks for, where one model type has several layouts; the first
             row that fits is taken.
         overwrites: blocks add in place, onto what one of their maps put out.
@@ -99,6 +103,9 @@ class Row:
     norms: Mapping[Kind, str] = field(default_factory=dict)
     norm_offset: float = 0.0
     added: Mapping[Kind, str] = field(default_factory=dict)
+    inner: Mapping[Kind, str] = field(default_factory=dict)
+    position: str | None = None
+    embed_norm: str | None = None
     when: Mapping[str, Any] = field(default_factory=dict)
     overwrites: bool = False
     found: bool = False
@@ -107,6 +114,24 @@ class Row:
         """Module path of `kind` inside a block, or None where the family has none."""
         shared = self.shared(kind)
         return self.maps.get(kind) if shared is None else shared.path
+
+    def beside(self, kind: Kind) -> str | None:
+        """Module path of a `kind` that is no map, inside a block or whole; None where the family has none.
+
+        The norm of a parallel block, which attention and the MLP both read, is attention's.
+        """
+        first, second = self.norms.get(Kind.ATTN_Q), self.norms.get(Kind.MLP_IN)
+        return {
+            Kind.ATTN_NORM: first,
+            Kind.MLP_NORM: None if second == first else second,
+            Kind.ATTN_QNORM: self.inner.get(Kind.ATTN_Q),
+            Kind.ATTN_KNORM: self.inner.get(Kind.ATTN_K),
+            Kind.ATTN_OUTNORM: self.added.get(Kind.ATTN_OUT),
+            Kind.MLP_OUTNORM: self.added.get(Kind.MLP_OUT),
+            Kind.NORM: self.final_norm,
+            Kind.EMBED_NORM: self.embed_norm,
+            Kind.POSITION: self.position,
+        }.get(kind)
 
     def shared(self, kind: Kind) -> Fused | None:
         """The matrix that `kind` shares with others, if it does."""
@@ -120,6 +145,7 @@ class Row:
     @torch.no_grad()
     def bare_norm(self, norm: nn.Module, stream: Tensor) -> Tensor:
         """What `norm` makes of `stream` with its gain 1 and its bias 0, in the stream's dtype."""
+        norm = offloading.unhooked(norm)
         plain = {
             name: stream.new_full(stored.shape, 1 - self.norm_offset if name == "weight" else 0)
             for name, stored in norm.named_parameters()
@@ -194,6 +220,7 @@ def _normed(attention: str, mlp: str) -> dict[Kind, str]:
 
 _LLAMA_MLP = {Kind.MLP_GATE: "mlp.gate_proj", Kind.MLP_IN: "mlp.up_proj", Kind.MLP_OUT: "mlp.down_proj"}
 _SANDWICH = {Kind.ATTN_OUT: "post_attention_layernorm", Kind.MLP_OUT: "post_feedforward_layernorm"}
+_INNER = {Kind.ATTN_Q: "self_attn.q_norm", Kind.ATTN_K: "self_attn.k_norm"}
 _FALCON: dict[str, Any] = {
     "model_types": ("falcon",),
     "blocks": "transformer.h",
@@ -218,6 +245,7 @@ ROWS: tuple[Row, ...] = (
         final_norm="transformer.ln_f",
         embed="transformer.wte",
         stored_in_out=True,
+        position="transformer.wpe",
         norms=_normed("ln_1", "ln_2"),
     ),
     Row(
@@ -227,6 +255,7 @@ ROWS: tuple[Row, ...] = (
         maps=_split("attn.attention", "out_proj", {Kind.MLP_IN: "mlp.c_fc", Kind.MLP_OUT: "mlp.c_proj"}),
         final_norm="transformer.ln_f",
         embed="transformer.wte",
+        position="transformer.wpe",
         norms=_normed("ln_1", "ln_2"),
     ),
     Row(
@@ -259,6 +288,7 @@ ROWS: tuple[Row, ...] = (
         maps=_split("self_attn", "out_proj", {Kind.MLP_IN: "fc1", Kind.MLP_OUT: "fc2"}),
         final_norm="model.decoder.final_layer_norm",
         embed="model.decoder.embed_tokens",
+        position="model.decoder.embed_positions",
         norms=_normed("self_attn_layer_norm", "final_layer_norm"),
     ),
     Row(
@@ -287,6 +317,7 @@ ROWS: tuple[Row, ...] = (
         maps=_split("self_attn", "o_proj", _LLAMA_MLP),
         final_norm="model.norm",
         embed="model.embed_tokens",
+        inner=_INNER,
         norms=_normed("input_layernorm", "post_attention_layernorm"),
     ),
     Row(
@@ -297,6 +328,7 @@ ROWS: tuple[Row, ...] = (
         maps=_split("self_attn", "o_proj", _LLAMA_MLP),
         final_norm="model.norm",
         embed="model.embed_tokens",
+        inner=_INNER,
         added=_SANDWICH,
     ),
     Row(
@@ -308,6 +340,7 @@ ROWS: tuple[Row, ...] = (
         embed="model.embed_tokens",
         norms=_normed("input_layernorm", "pre_feedforward_layernorm"),
         norm_offset=1.0,
+        inner=_INNER,
         added=_SANDWICH,
     ),
     Row(
@@ -335,6 +368,7 @@ ROWS: tuple[Row, ...] = (
         fused=(Fused("self_attention.query_key_value", "per-head"),),
         final_norm="transformer.ln_f",
         embed="transformer.word_embeddings",
+        embed_norm="transformer.word_embeddings_layernorm",
         norms=_normed("input_layernorm", "post_attention_layernorm"),
     ),
 )

@@ -100,6 +100,10 @@ def common(parser: argparse.ArgumentParser, *names: str) -> None:
     filtered = "; FILE#key=value takes only those records"
     flags: dict[str, dict[str, Any]] = {
         "model": {"help": "checkpoint folder (or hub name)", "required": True},
+        "device-map": {
+            "help": "spread the model over devices, CPU and disk: auto, balanced or sequential (needs accelerate)",
+            "choices": ["auto", "balanced", "balanced_low_0", "sequential"],
+        },
         "passages": {
             "help": "passages, JSONL or any file `memloc validate` knows" + filtered,
             "type": DataFile.parse,
@@ -130,7 +134,7 @@ def common(parser: argparse.ArgumentParser, *names: str) -> None:
         },
         "seed": {"help": "seed of everything random (default: 0)", "type": int, "default": 0},
     }
-    for name in names:
+    for name in [*names, *(["device-map"] if "model" in names else [])]:
         parser.add_argument(f"--{name}", **flags[name])
 
 
@@ -143,18 +147,23 @@ def open_view(arguments: argparse.Namespace) -> ModelView:
     """The model the arguments name."""
     from memloc.view import ModelView
 
-    return ModelView.open(arguments.model, device=processes.device())
+    return ModelView.open(arguments.model, device=processes.device(), device_map=arguments.device_map)
 
 
 def read_passages(file: DataFile | None, view: ModelView, arguments: argparse.Namespace) -> Passages | None:
     """Passages of a data file, filtered, or None where none is named."""
-    if file is None:
-        return None
+    return None if file is None else passages_of(file, view, prefix=arguments.prefix, suffix=arguments.suffix)
+
+
+def passages_of(file: DataFile, view: ModelView, *, prefix: int, suffix: int) -> Passages:
+    """Passages of a data file, filtered.
+
+    Raises:
+        InputError: none is left.
+    """
     from memloc.formats import data
 
-    passages = data.passages(file.path, view.tokenizer, prefix=arguments.prefix, suffix=arguments.suffix).where(
-        file.keeps
-    )
+    passages = data.passages(file.path, view.tokenizer, prefix=prefix, suffix=suffix).where(file.keeps)
     if not passages:
         raise InputError(f"{file}: no record matches")
     return passages
@@ -196,3 +205,19 @@ def read_text(file: DataFile | None, view: ModelView) -> Passages | None:
     if not texts:
         raise InputError(f"{file}: no record with a 'text' matches")
     return Passages.from_texts(texts, view.tokenizer, window=min(view.context or 512, 512), origin=file.path.stem)
+
+
+def filled_values(given: Sequence[str]) -> dict[str, str]:
+    """What {NAME} stands for in a file, from NAME=VALUE.
+
+    Raises:
+        InputError: of another form.
+    """
+    found = {}
+    for entry in given:
+        name, mark, value = entry.partition("=")
+        if not mark or not name.isidentifier():
+            raise InputError(f"--with {entry}: expected NAME=VALUE")
+        # A place named on the command line is meant from where the command is given, not from where the grid lies.
+        found[name] = str(Path(value).absolute()) if Path(value).exists() else value
+    return found

@@ -138,8 +138,8 @@ def _member(kind: type[enum.Enum]) -> Callable[[str], enum.Enum]:
 
 
 def _told(method: type) -> dict[str, str]:
-    """What the docstring's Attributes (or Args) section says of each field."""
-    text = sys.intern(method.__doc__ or "")
+    """What the docstring's Attributes (or Args) section says of each field, or that of the class it comes from."""
+    text = "\n".join(sys.intern(base.__doc__ or "") for base in reversed(method.__mro__))
     found: dict[str, str] = {}
     for name, rest in re.findall(r"^ {8}(\w+): (.*(?:\n {10,}.*)*)", text, re.MULTILINE):
         found[name] = " ".join(rest.split())

@@ -4,28 +4,38 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from memloc.errors import CheckpointError, ModelError
+from memloc.errors import CheckpointError, InputError, ModelError
 
 
-def load(model: str | Path, dtype: torch.dtype | None = None) -> tuple[nn.Module, Any]:
+def load(
+    model: str | Path, dtype: torch.dtype | None = None, *, device_map: str | Mapping[str, Any] | None = None
+) -> tuple[nn.Module, Any]:
     """A causal language model and its tokenizer (or None) from a folder or a hub name, in the stored dtype.
 
     Only safetensors are read and no code of the checkpoint is run.
 
+    Args:
+        model: the folder, or the name.
+        dtype: by default the stored one.
+        device_map: how the model is spread over devices, the CPU and disk, in transformers' words ("auto", or module
+            to device); what is to lie on disk is left in the checkpoint's own files.
+
     Raises:
         CheckpointError: missing, truncated, pickled, or with weights missing.
+        InputError: a device map without accelerate.
         ModelError: not a causal language model.
     """
     from safetensors import SafetensorError
     from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
+    spread: dict[str, Any] = {} if device_map is None else {"device_map": device_map}
     folder = Path(model)
     if folder.exists():
         _check_folder(folder)
@@ -38,8 +48,10 @@ def load(model: str | Path, dtype: torch.dtype | None = None) -> tuple[nn.Module
                 kind = config.model_type
                 raise ModelError(f"no row for the model type {kind!r}: transformers has no causal language model of it")
             loaded, info = AutoModelForCausalLM.from_pretrained(
-                str(model), dtype=dtype or "auto", use_safetensors=True, output_loading_info=True
+                str(model), dtype=dtype or "auto", use_safetensors=True, output_loading_info=True, **spread
             )
+    except ImportError as error:  # of accelerate, which spreads models
+        raise InputError(f"--device-map {device_map}: {' '.join(str(error).split())[:200]}") from error
     except (OSError, ValueError, KeyError, SafetensorError) as error:
         where = f"{model}" if folder.exists() else f"{model}: no such folder, and from the hub it"
         raise CheckpointError(f"{where} cannot be loaded: {' '.join(str(error).split())[:300]}") from error

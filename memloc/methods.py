@@ -36,8 +36,13 @@ LOCALIZERS = Registry(
 MEASURES = Registry(
     "measure",
     {
+        "counterfact": "memloc.measures.counterfact:CounterFact",
         "extraction": "memloc.measures.extraction:Extraction",
         "facts": "memloc.measures.facts:FactRecall",
+        "knowedit": "memloc.measures.knowedit:KnowEdit",
+        "mquake": "memloc.measures.mquake:Mquake",
         "perplexity": "memloc.measures.perplexity:Perplexity",
+        "ripple-effects": "memloc.measures.ripple_effects:RippleEffects",
+        "zsre": "memloc.measures.zsre:Zsre",
     },
 )

@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,6 +21,30 @@ from memloc.provenance import Provenance, digest_json, digest_tensor
 from memloc.sites import Site
 from memloc.view import ModelView
 
+BLOCK = 64
+"""Columns that a product of keys is computed in at least; smaller blocks cost more in calls than they save."""
+
+
+@dataclass(frozen=True, eq=False)
+class Split:
+    """What second moments are judged by: the sums over one half of the passages, and some of the keys.
+
+    Attributes:
+        first: site to `[in, in]` float64, the sum over the first half.
+        count: tokens of the first half.
+        probes: site to `[p, in]` float32, keys at the last token of passages all over the text.
+    """
+
+    first: Mapping[Site, Tensor]
+    count: int
+    probes: Mapping[Site, Tensor]
+
+    def joined(self, other: Split) -> Split:
+        """Halves and probes of both."""
+        first = {site: entry + other.first[site] for site, entry in self.first.items()}
+        probes = {site: torch.cat([entry, other.probes[site]]) for site, entry in self.probes.items()}
+        return Split(first, self.count + other.count, probes)
+
 
 @dataclass(frozen=True, eq=False)
 class Moments:
@@ -29,14 +54,18 @@ class Moments:
         sums: site to `[in, in]` float64 on the CPU, symmetric.
         count: tokens summed over, the same for every site.
         provenance: digests of the model and the text.
+        split: what they are judged by (`memloc.moment_judgement`), where it was collected.
+        shrinkage: site to the share τ that `mean` moves towards τ tr(C)/f I; the sums stay as they are.
 
     Raises:
-        InputError: no token, or a sum that is not square or not finite (the site is named).
+        InputError: no token, a share outside [0, 1], a sum that is not square or not finite (the site is named).
     """
 
     sums: Mapping[Site, Tensor]
     count: int
     provenance: Provenance
+    split: Split | None = None
+    shrinkage: Mapping[Site, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         plain = {site: entry.detach().to("cpu", torch.float64) for site, entry in sorted(self.sums.items())}
@@ -48,28 +77,38 @@ class Moments:
                 raise InputError(f"{site}: second moment {list(entry.shape)}, expected a square matrix")
             if not bool(torch.isfinite(entry).all()):
                 raise InputError(f"{site}: the second moment holds values that are not finite")
+        for site, share in self.shrinkage.items():
+            if site not in plain or not 0 <= share <= 1:
+                raise InputError(f"shrinkage {share} of {site}; expected a site that was collected and 0 to 1")
 
     @property
     def digest(self) -> str:
-        """Digest of sums and count."""
+        """Digest of sums, count and shrinkage: of all that `mean` depends on."""
         sums = {str(site): digest_tensor(entry) for site, entry in self.sums.items()}
-        return digest_json({"sums": sums, "count": self.count})
+        found: dict[str, Any] = {"sums": sums, "count": self.count}
+        if self.shrinkage:
+            found["shrinkage"] = {str(site): share for site, share in self.shrinkage.items()}
+        return digest_json(found)
 
     def mean(self, site: Site) -> Tensor:
-        """Mean of k kᵀ per token at `site`: `[in, in]` float64.
+        """C, the mean of k kᵀ per token at `site`, or (1-τ) C + τ tr(C)/f I where it is shrunk: `[in, in]` float64.
 
         Raises:
             InputError: it was not collected there.
         """
         if site not in self.sums:
             raise InputError(f"no second moment of {site}; there are those of {', '.join(map(str, self.sums))}")
-        return self.sums[site] / self.count
+        return towards_identity(self.sums[site] / self.count, self.shrinkage.get(site, 0.0))
+
+    def shrunk(self, shares: Mapping[Site, float]) -> Moments:
+        """The same sums, whose `mean` is shrunk by these shares."""
+        return replace(self, shrinkage=dict(sorted(shares.items())))
 
     def merge(self, other: Moments) -> Moments:
-        """Moments over both texts, of the same model and sites.
+        """Moments over both texts, of the same model and sites; not shrunk, for the share depends on the count.
 
         Raises:
-            MismatchError: another model, other sites, or texts that are the same (tokens would count twice).
+            MismatchError: another model, other sites, or texts that are or may be the same (tokens would count twice).
         """
         mine, theirs = self.provenance.inputs, other.provenance.inputs
         if mine.get("model") != theirs.get("model") or set(self.sums) != set(other.sums):
@@ -77,19 +116,28 @@ class Moments:
         shared = set(_texts(mine)) & set(_texts(theirs))
         if shared:
             raise MismatchError(f"both second moments hold the text {min(shared)[:12]}; its tokens would count twice")
+        drawn = _drawn_alike(self.provenance, other.provenance)
         sums = {site: self.sums[site] + other.sums[site] for site in self.sums}
         texts = sorted([*_texts(mine), *_texts(theirs)])
         inputs = {"model": mine.get("model", ""), "text": "+".join(texts)}
-        return Moments(sums, self.count + other.count, Provenance("moments", {}, None, inputs))
+        split = None if self.split is None or other.split is None else self.split.joined(other.split)
+        return Moments(sums, self.count + other.count, Provenance("moments", drawn, None, inputs), split)
 
     def save(self, path: str | Path) -> None:
-        """Write `moments.safetensors`, atomically; 8 bytes an entry.
+        """Write `moments.safetensors`, atomically; 8 bytes an entry, twice that with halves.
 
         Raises:
             TargetError: it cannot be written.
         """
-        header = {"count": self.count, "provenance": self.provenance.to_json()}
-        store.save(path, "moments", {str(site): entry for site, entry in self.sums.items()}, header)
+        header: dict[str, Any] = {"count": self.count, "provenance": self.provenance.to_json()}
+        tensors = {str(site): entry for site, entry in self.sums.items()}
+        if self.shrinkage:
+            header["shrinkage"] = {str(site): share for site, share in self.shrinkage.items()}
+        if self.split is not None:
+            header["first"] = self.split.count
+            tensors |= {f"first {site}": entry for site, entry in self.split.first.items()}
+            tensors |= {f"probes {site}": entry for site, entry in self.split.probes.items()}
+        store.save(path, "moments", tensors, header)
 
     @classmethod
     def load(cls, path: str | Path) -> Moments:
@@ -99,8 +147,14 @@ class Moments:
             ArtifactError: missing, cut, or of another kind.
         """
         tensors, header = store.load(path, "moments")
-        sums = {Site.parse(name): entry for name, entry in tensors.items()}
-        return cls(sums, int(header["count"]), Provenance.from_json(header["provenance"]))
+        found: dict[str, dict[Site, Tensor]] = {"": {}, "first": {}, "probes": {}}
+        for name, entry in tensors.items():
+            part, _, site = name.rpartition(" ")
+            found[part][Site.parse(site)] = entry
+        split = Split(found["first"], int(header["first"]), found["probes"]) if "first" in header else None
+        shrinkage = {Site.parse(name): float(share) for name, share in header.get("shrinkage", {}).items()}
+        provenance = Provenance.from_json(header["provenance"])
+        return cls(found[""], int(header["count"]), provenance, split, shrinkage)
 
 
 @torch.no_grad()
@@ -129,12 +183,57 @@ def second_moments(view: ModelView, text: Passages, sites: Sequence[Site], *, si
         with view.record(sites, stop=True) as inputs:
             view.hidden(batch)
         for site, found in inputs.items():
-            keys = found[batch.mask].to(torch.float64)
-            product = keys.T @ keys
-            sums[site] = sums[site] + product if site in sums else product
+            if site not in sums:
+                sums[site] = empty(found.shape[-1], found.device)
+            add_keys(sums[site], found[batch.mask])
         count += int(batch.length.sum())
     inputs_of = {"model": view.digest, "text": text.digest}
-    return Moments(sums, count, Provenance("moments", {}, None, inputs_of))
+    whole = {site: mirrored(entry) for site, entry in sums.items()}
+    return Moments(whole, count, Provenance("moments", {}, None, inputs_of))
+
+
+def towards_identity(moment: Tensor, share: float) -> Tensor:
+    """(1-τ) C + τ tr(C)/f I: the same trace, closer to a multiple of the identity; τ = 0 gives C itself."""
+    if not share:
+        return moment
+    shrunk = (1 - share) * moment
+    shrunk.diagonal().add_(share * moment.diagonal().mean())
+    return shrunk
+
+
+def empty(width: int, device: torch.device) -> Tensor:
+    """A sum to begin with, where float64 exists: `[width, width]`."""
+    return torch.zeros(width, width, dtype=torch.float64, device="cpu" if device.type == "mps" else device)
+
+
+def add_keys(total: Tensor, keys: Tensor) -> None:
+    """Add Σ k kᵀ over the rows of `keys` [t, f] to `total`, in place and in float64; see `mirrored`.
+
+    Only blocks on and above the diagonal are computed: the product is symmetric, so half the work is enough.
+    """
+    plain = keys.to(total.device, torch.float64)
+    width = total.shape[0]
+    step = max(BLOCK, -(-width // 8))
+    for start in range(0, width, step):
+        end = min(start + step, width)
+        total[:end, start:end].addmm_(plain[:, :end].T, plain[:, start:end])
+
+
+def mirrored(total: Tensor) -> Tensor:
+    """What `add_keys` summed, with its lower triangle."""
+    return total.triu() + total.triu(1).T
+
+
+def _drawn_alike(mine: Provenance, theirs: Provenance) -> dict[str, Any]:
+    """Settings to keep; passages drawn from one text may be the same ones, unless they are shards of one draw."""
+    one, other = dict(mine.settings), dict(theirs.settings)
+    first, second = one.pop("shard", ""), other.pop("shard", "")
+    if "drawn_from" not in one or one["drawn_from"] != other.get("drawn_from"):
+        return {}
+    if one != other or not first or not second:
+        said = "both second moments were drawn from one text, not as shards of one draw"
+        raise MismatchError(f"{said}; tokens could count twice")
+    return {**one, "shard": "+".join(sorted([*first.split("+"), *second.split("+")]))}
 
 
 def _texts(inputs: Mapping[str, str]) -> list[str]:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from memloc import hooks, slices
+from memloc import hooks
 from memloc.batches import pad
 from memloc.errors import ModelError
 from memloc.sites import Kind, Site
@@ -104,8 +104,8 @@ def _prove_norm(view: ModelView, site: Site, entering: Tensor, seen: Mapping[Nor
         return
     found = seen[site.layer, path, "output"]
     _same(str(site), "input", found, entering, f"what {path} puts out; check norms")
-    norm = view.block(site.layer).get_submodule(path)
-    stored = {name: slices.whole(entry.detach()).to(torch.float64) for name, entry in norm.named_parameters()}
+    norm, whole = view.block(site.layer).get_submodule(path), f"{view.row.blocks}.{site.layer}.{path}"
+    stored = {name: view.values(f"{whole}.{name}").detach().double() for name, _ in norm.named_parameters()}
     gain = stored["weight"] + view.row.norm_offset if "weight" in stored else 1.0
     plain = view.row.bare_norm(norm, seen[site.layer, path, "input"].to(torch.float64))
     made = plain * gain + stored.get("bias", 0.0)

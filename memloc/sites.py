@@ -15,7 +15,11 @@ from memloc.lazy import method
 
 
 class Kind(enum.StrEnum):
-    """A linear map inside a block, or one of the two outside (`embed`, `unembed`)."""
+    """A linear map inside a block, one of the two outside (`embed`, `unembed`), or what a model has beside its maps.
+
+    Beside them: norms before attention and the MLP, behind them, of queries and keys by head, of the embedding, the
+    final one (`norm`), and positions. No method looks there unless it names them (`BESIDE`); edits can.
+    """
 
     ATTN_Q = "attn.q"
     ATTN_K = "attn.k"
@@ -26,20 +30,49 @@ class Kind(enum.StrEnum):
     MLP_OUT = "mlp.out"
     EMBED = "embed"
     UNEMBED = "unembed"
+    ATTN_NORM = "attn.norm"
+    ATTN_QNORM = "attn.qnorm"
+    ATTN_KNORM = "attn.knorm"
+    ATTN_OUTNORM = "attn.outnorm"
+    MLP_NORM = "mlp.norm"
+    MLP_OUTNORM = "mlp.outnorm"
+    NORM = "norm"
+    EMBED_NORM = "embed.norm"
+    POSITION = "embed.position"
 
     @property
     def in_block(self) -> bool:
-        """Whether every block has one (the two embeddings are outside)."""
-        return self not in (Kind.EMBED, Kind.UNEMBED)
+        """Whether it lies inside blocks."""
+        return self not in (Kind.EMBED, Kind.UNEMBED, Kind.NORM, Kind.EMBED_NORM, Kind.POSITION)
+
+    @property
+    def is_map(self) -> bool:
+        """Whether it is a linear map, or an embedding: an `[out, in]` weight and perhaps a bias."""
+        return self not in BESIDE
+
+    @property
+    def is_norm(self) -> bool:
+        """Whether it is a norm: a gain `[d]` and perhaps a bias."""
+        return self in BESIDE and self is not Kind.POSITION
+
+
+BESIDE = (
+    Kind.ATTN_NORM, Kind.ATTN_QNORM, Kind.ATTN_KNORM, Kind.ATTN_OUTNORM, Kind.MLP_NORM, Kind.MLP_OUTNORM, Kind.NORM,
+    Kind.EMBED_NORM, Kind.POSITION,
+)  # fmt: skip
+"""What is no map: a family has some of them."""
+
+MAPS = tuple(kind for kind in Kind if kind not in BESIDE)
+"""Linear maps and the two embeddings."""
 
 
 def kinds_named(names: str) -> tuple[Kind, ...]:
-    """Kinds from a list such as "attn.v,mlp.out".
+    """Kinds of map from a list such as "attn.v,mlp.out".
 
     Raises:
-        InputError: a name is not a kind.
+        InputError: a name is not a kind of map.
     """
-    known = {str(kind): kind for kind in Kind}
+    known = {str(kind): kind for kind in MAPS}
     found = [name.strip() for name in names.split(",")]
     for name in found:
         if name not in known:

@@ -97,6 +97,16 @@ def cell(value: Any) -> str:
     return str(value)
 
 
+def time_left(seconds: float | None) -> str:
+    """Such as ", 3 min left"; nothing where it is not known."""
+    if seconds is None:
+        return ""
+    for unit, length in (("h", 3600), ("min", 60)):
+        if seconds >= 2 * length:
+            return f", {seconds / length:.0f} {unit} left"
+    return f", {seconds:.0f} s left"
+
+
 @contextlib.contextmanager
 def progress_shown() -> Iterator[None]:
     """Draw the progress of everything inside the block: bars on a terminal, a line now and then elsewhere."""
@@ -131,14 +141,18 @@ def _bars() -> Iterator[progress.Listener]:
 
 def _lines(every: float = 10.0) -> progress.Listener:
     last: dict[str, float] = {}
+    begun: dict[str, tuple[float, int]] = {}
 
     def listener(label: str, done: int, total: int | None, note: str) -> None:
         now = time.monotonic()
-        if done == 0:
+        if done == 0 or label not in begun:
+            # Work that goes on where it was interrupted does not begin at 0.
+            last[label], begun[label] = now, (now, done)
+        elif now - last[label] >= every:
             last[label] = now
-        elif now - last.setdefault(label, now) >= every:
-            last[label] = now
-            complain(f"{label}: {done}{'' if total is None else f' of {total}'} {note}")
+            since, first = begun[label]
+            left = None if total is None or done <= first else (now - since) / (done - first) * (total - done)
+            complain(f"{label}: {done}{'' if total is None else f' of {total}'}{time_left(left)} {note}")
 
     return listener
 

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from memloc import hooks, slices
+from memloc import hooks, offloading, slices
 from memloc.architectures import Place, Row, Shape, row_in_table
 from memloc.batches import Batch, batches
 from memloc.call_order import rows_by_call_order
@@ -32,7 +32,7 @@ from memloc.passages import Passages, decode
 from memloc.paths_given import Given, given_paths
 from memloc.proof import prove_row
 from memloc.provenance import digest_tensor
-from memloc.sites import OUTSIDE, Kind, Site
+from memloc.sites import MAPS, OUTSIDE, Kind, Site
 
 
 class ModelView:
@@ -67,7 +67,9 @@ class ModelView:
         self.vocab = int(self.config.vocab_size)
         self.context: int | None = getattr(self.config, "max_position_embeddings", None)
         self._modules: dict[str, Any] = dict(model.named_modules())
-        self._names = {id(parameter): name for name, parameter in model.named_parameters()}
+        first: dict[int, str] = {}
+        every = model.named_parameters(remove_duplicate=False)
+        self._names = {name: first.setdefault(id(parameter), name) for name, parameter in every}
         self._check_parameters()
         self.neurons = int(self.weight(Site(0, Kind.MLP_OUT)).shape[1])
         self.head_width = int(self.weight(Site(0, Kind.ATTN_OUT)).shape[1]) // self.heads
@@ -82,6 +84,7 @@ class ModelView:
         tokenizer: Any = None,
         dtype: torch.dtype | None = None,
         device: str | torch.device | None = None,
+        device_map: str | Mapping[str, Any] | None = None,
         prove: bool = True,
         paths: Mapping[str, str] | str | Path | None = None,
     ) -> ModelView:
@@ -94,6 +97,9 @@ class ModelView:
             tokenizer: given where `model` is in memory and text is to be read.
             dtype: load in this dtype; by default the stored one.
             device: where to put a loaded model; by default the CPU.
+            device_map: spread a loaded model over devices, the CPU and disk instead, in transformers' words: "auto",
+                "balanced", "sequential", or module to device. Weights that lie elsewhere between calls can be read;
+                what needs them all in memory at once says so.
             prove: check the row by arithmetic on one small forward (some milliseconds for small models).
             paths: module paths as editing configurations name them, or a file of them; see `memloc.paths_given`.
 
@@ -108,9 +114,9 @@ class ModelView:
         name = ""
         if isinstance(model, str | Path):
             name = str(model)
-            model, found = load(model, dtype)
+            model, found = load(model, dtype, device_map=device_map)
             tokenizer = tokenizer if tokenizer is not None else found
-        if device is not None:
+        if device is not None and device_map is None:
             model = model.to(device)
         given, opened = given_paths(paths), open_engine(model, engine)
         tokenizer = tokenizer if tokenizer is not None else opened.tokenizer
@@ -168,12 +174,10 @@ class ModelView:
         Raises:
             InputError: the family has no such site, or the model fewer layers.
         """
-        if site.kind is Kind.EMBED or site.kind is Kind.UNEMBED:
-            return self._module(self.row.embed if site.kind is Kind.EMBED else self.row.unembed)
-        path = self.row.path(site.kind)
-        if path is None or not 0 <= site.layer < self.layers:
+        path = self._path(site)
+        if path is None:
             raise InputError(f"{site}: not in {self.row.family} with {self.layers} layers")
-        return self._module(f"{self.row.blocks}.{site.layer}.{path}")
+        return self._module(path)
 
     def block(self, layer: int) -> nn.Module:
         """Block `layer`."""
@@ -182,9 +186,14 @@ class ModelView:
         return self._module(f"{self.row.blocks}.{layer}")
 
     def has(self, site: Site) -> bool:
-        """Whether the model has `site` (and, for a bias, whether that map has one)."""
-        if site.kind.in_block and (self.row.path(site.kind) is None or not 0 <= site.layer < self.layers):
+        """Whether the model has `site` (and, for a bias or a norm's gain, whether that module has one)."""
+        path = self._path(site)
+        if path is None:
             return False
+        if not site.kind.is_map:
+            # A family's models differ in these; some norms have no parameters.
+            part = "bias" if site.bias else "weight"
+            return path in self._modules and isinstance(getattr(self._modules[path], part, None), nn.Parameter)
         return not site.bias or getattr(self.module(site), "bias", None) is not None
 
     def sites(self, *kinds: Kind) -> tuple[Site, ...]:
@@ -196,7 +205,7 @@ class ModelView:
     @property
     def kinds(self) -> tuple[Kind, ...]:
         """The kinds of linear map a block of this family has."""
-        return tuple(kind for kind in Kind if kind.in_block and self.row.path(kind) is not None)
+        return tuple(kind for kind in MAPS if kind.in_block and self.row.path(kind) is not None)
 
     def parameter(self, site: Site) -> nn.Parameter:
         """The stored parameter that holds `site`, in its stored layout."""
@@ -207,8 +216,9 @@ class ModelView:
 
     def place(self, site: Site) -> Place:
         """Where the weight of `site` lies: parameter name, orientation, rows of a fused matrix."""
-        name = self._names[id(self.parameter(site))]
-        transposed = self.row.stored_in_out and site.kind.in_block and not site.bias
+        self.parameter(site)
+        name = self._names[f"{self._path(site)}.{'bias' if site.bias else 'weight'}"]
+        transposed = self.row.stored_in_out and site.kind.in_block and site.kind.is_map and not site.bias
         fused = self.row.shared(site.kind)
         if fused is None:
             return Place(name, transposed)
@@ -218,9 +228,39 @@ class ModelView:
     def weight(self, site: Site) -> Tensor:
         """The weight `[out, in]` (or bias `[out]`): a view on the model's memory.
 
-        It is a copy for interleaved fused maps, and where the weight lies in slices; every process must ask then.
+        It is a copy for interleaved fused maps, where the weight lies in slices (every process must ask then), and
+        where it is offloaded (it is read from there each time).
         """
-        return self.place(site).read(slices.whole(self.parameter(site)))
+        self.parameter(site)
+        place = self.place(site)
+        return place.read(self.values(place.parameter))
+
+    def values(self, parameter: str) -> Tensor:
+        """All of the parameter of that name, wherever it lies, in its stored layout.
+
+        Raises:
+            ModelError: it is on the meta device, and no hook of the model knows its values.
+        """
+        found = self.model.get_parameter(parameter)
+        if not offloading.elsewhere(found):
+            return slices.whole(found)
+        held = offloading.held(self._modules, parameter)
+        if held is None:
+            raise ModelError(
+                f"{parameter} is offloaded (on the meta device), so it cannot be read; load the model whole, or edit "
+                "its checkpoint with `memloc apply`"
+            )
+        return held
+
+    def need_in_memory(self, what: str) -> None:
+        """Refuse work that offloaded models cannot do: their weights come and go with each call.
+
+        Raises:
+            ModelError: a parameter is offloaded.
+        """
+        name = next((name for name, held in self.model.named_parameters() if offloading.elsewhere(held)), None)
+        if name is not None:
+            raise ModelError(f"{what} needs all weights in memory, and {name} is offloaded; load the model whole")
 
     def tied(self, parameter: str) -> tuple[str, ...]:
         """Other names of the same parameter ("lm_head.weight" where the unembedding is the embedding)."""
@@ -349,7 +389,9 @@ class ModelView:
     @property
     def device(self) -> torch.device:
         """Where the embedding lies, and so where batches belong."""
-        return self.parameter(Site(OUTSIDE, Kind.EMBED)).device
+        site = Site(OUTSIDE, Kind.EMBED)
+        lies = self.parameter(site).device
+        return torch.device(offloading.runs_on(self.module(site)) or "cpu") if lies.type == "meta" else lies
 
     @property
     def dtype(self) -> torch.dtype:
@@ -360,8 +402,8 @@ class ModelView:
     def digest(self) -> str:
         """Digest of all parameters, by name. Cost: one pass over the weights, each time it is asked."""
         total = hashlib.sha256()
-        for name, parameter in sorted(self.model.named_parameters()):
-            total.update(f"{name}:{digest_tensor(slices.whole(parameter))}\n".encode())
+        for name in sorted(name for name, _ in self.model.named_parameters()):
+            total.update(f"{name}:{digest_tensor(self.values(name))}\n".encode())
         return total.hexdigest()
 
     def spell(self, ids: Sequence[int]) -> tuple[str, ...]:
@@ -370,6 +412,7 @@ class ModelView:
 
     def copy(self) -> ModelView:
         """A view on a deep copy of the model, for work that must change weights; this one is untouched."""
+        self.need_in_memory("a copy to train")
         return ModelView(copy.deepcopy(self.model), self.row, self.tokenizer, self.name)
 
     @contextlib.contextmanager
@@ -378,6 +421,8 @@ class ModelView:
 
         Flags and gradients are as before afterwards.
         """
+        if any(map(offloading.elsewhere, parameters)):
+            self.need_in_memory("a gradient by weights")
         before = [(parameter, parameter.requires_grad, parameter.grad) for parameter in self.model.parameters()]
         wanted = {id(parameter) for parameter in parameters}
         try:
@@ -393,6 +438,15 @@ class ModelView:
     def frozen(self) -> AbstractContextManager[None]:
         """No gradients for any parameter inside the block; activations may still have them."""
         return self.trainable()
+
+    def _path(self, site: Site) -> str | None:
+        """Whole path of the module of `site`, or None where the family has none or the model fewer layers."""
+        if site.kind is Kind.EMBED or site.kind is Kind.UNEMBED:
+            return self.row.embed if site.kind is Kind.EMBED else self.row.unembed
+        inner = self.row.path(site.kind) if site.kind.is_map else self.row.beside(site.kind)
+        if inner is None or not site.kind.in_block:
+            return inner
+        return f"{self.row.blocks}.{site.layer}.{inner}" if 0 <= site.layer < self.layers else None
 
     def _module(self, path: str) -> nn.Module:
         try:
@@ -431,14 +485,9 @@ class ModelView:
 
     def _check_parameters(self) -> None:
         for name, parameter in self.model.named_parameters():
-            if parameter.device.type == "meta":
-                raise ModelError(
-                    f"{name} is offloaded (on the meta device), so it cannot be read; load the model whole, or edit "
-                    "its checkpoint with `memloc apply`"
-                )
             if self._quantised or not parameter.is_floating_point():
                 raise ModelError(f"{name} is quantised ({parameter.dtype}); load the model in its full-precision form")
-            held = slices.here(parameter.detach())
+            held = self.values(name) if offloading.elsewhere(parameter) else slices.here(parameter.detach())
             if held.numel() and not bool(torch.isfinite(held.abs().max())):
                 raise ModelError(
                     f"{name} holds values that are not finite (NaN or infinite); the checkpoint is damaged"

@@ -2,111 +2,61 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Literal
-
-import torch
-from torch import Tensor
 
 from editors.base import Request
-from editors.deltas import Delta, Sparse
 from editors.edit import Edit
-from editors.masks import digest, head_columns, weight_masks
-from memloc import progress
-from memloc.errors import InputError
-from memloc.passages import Passages
+from editors.masks import digest, weight_masks
+from editors.silencing import Mode, check_mode, need_biases, silencing
 from memloc.provenance import Provenance, settings_of
-from memloc.scores import Selection
-from memloc.sites import Grain, Site
+from memloc.sites import Grain
 from memloc.view import ModelView
+
+GRAINS = (Grain.NEURON, Grain.HEAD)
 
 
 @dataclass(frozen=True, kw_only=True)
 class NeuronDropout:
     """Silence the selected neurons (or heads): their columns of the output projection become zero, or smaller.
 
-    The edited model is the model whose activations were replaced: h_i by 0, by factor · h_i, or by its mean μ_i over
-    ordinary text. With W the output projection and b its bias, W[:, i] becomes factor · W[:, i], and for the mean also
-    b becomes b + Σ_i μ_i W[:, i].
+    The edited model is the model whose activations were replaced: h_i by 0, by factor · h_i, by its mean μ_i over
+    ordinary text, or by its value v_i on one token drawn from that text. With W the output projection and b its bias,
+    W[:, i] becomes factor · W[:, i], and for a constant c (mean or resample) also b becomes b + Σ_i c_i W[:, i]. The
+    same as hooks, which need no bias: `hooked`.
 
     Attributes:
-        mode: "zero"; "scale"; or "mean", over all tokens of `text`, or, without it, of `retain`.
+        mode: "zero"; "scale"; "mean", over all tokens of `text`, or, without it, of `retain`; or "resample": the
+            values on one token of that text, the same for all neurons and all layers, drawn from the seed. In a file
+            of weights that is a constant, not a new draw each time.
         factor: what "scale" multiplies by; 1 changes nothing and is refused.
         batch_size: rows of a forward pass in "mean"; no effect beyond rounding.
 
-    Cost: none beyond the edit; "mean" one forward over the text, up to the last layer selected.
+    Cost: none beyond the edit; "mean" one forward over the text, up to the last layer selected, "resample" one over
+    the row of the token.
 
-    Source: Chang et al. 2024, arXiv:2311.09060 (zero). The mean as a bias is exact algebra.
+    Source: Chang et al. 2024, arXiv:2311.09060 (zero). The constants as a bias are exact algebra.
     """
 
-    mode: Literal["zero", "mean", "scale"] = "zero"
+    mode: Mode = "zero"
     factor: float = 0.5
     batch_size: int = 16
 
     def __post_init__(self) -> None:
-        if self.mode not in ("zero", "mean", "scale"):
-            raise InputError(f"mode {self.mode!r}: expected 'zero', 'mean' or 'scale'")
-        if self.mode == "scale" and self.factor == 1:
-            raise InputError("factor 1 changes nothing; give another, 0 silences")
+        check_mode(self.mode, self.factor)
 
     def __call__(self, view: ModelView, request: Request) -> Edit:
         """The edit; the view's model is untouched.
 
         Raises:
-            InputError: no selection, one that is not of neurons or heads, or "mean" without text or without a bias.
+            InputError: no selection, one that is not of neurons or heads, or a constant without text or a bias.
         """
-        selection = request.need_selection()
-        if selection.grain not in (Grain.NEURON, Grain.HEAD):
-            raise InputError(f"a selection of {selection.grain}s cannot be silenced; expected neurons or heads")
-        masks = weight_masks(view, selection)
-        factor = self.factor if self.mode == "scale" else 0.0
-        deltas: dict[Site, Delta] = {}
-        for site, mask in masks.items():
-            deltas[site] = Sparse.of(_columns(view, site) * (factor - 1.0), mask)
-        if self.mode == "mean":
-            deltas |= self._shifts(view, request, {site: inputs(view, selection, site) for site in masks})
-        given = {**request.inputs(view), "masks": digest(masks)}
-        return Edit.of(view, deltas, Provenance("neuron-dropout", settings_of(self), None, given))
+        need_biases(view, request, self.mode)
+        made = silencing(view, request, self.mode, self.factor, GRAINS, batch_size=self.batch_size)
+        given = {**request.inputs(view), "masks": digest(weight_masks(view, request.need_selection()))}
+        seed = request.seed if self.mode == "resample" else None
+        return Edit.of(view, made.deltas(view), Provenance("neuron-dropout", settings_of(self), seed, given))
 
-    def _shifts(self, view: ModelView, request: Request, chosen: dict[Site, Tensor]) -> dict[Site, Delta]:
-        """What the mean activations of the silenced inputs add to each bias."""
-        shifts: dict[Site, Delta] = {}
-        for site in chosen:
-            if not view.has(_bias(site)):
-                raise InputError(f"{site} has no bias to hold a mean; use mode zero or scale")
-        text = request.text or request.retain
-        if not text:
-            raise InputError("mode mean needs ordinary text (or passages to retain) to take the mean over")
-        for site, mean in mean_inputs(view, tuple(chosen), text, size=self.batch_size).items():
-            weight = _columns(view, site).double()
-            shift = weight[:, chosen[site]] @ mean[chosen[site]]
-            shifts[_bias(site)] = Sparse.of(shift.float(), torch.ones(len(shift), dtype=torch.bool))
-        return shifts
-
-
-def inputs(view: ModelView, selection: Selection, site: Site) -> Tensor:
-    """Which inputs of `site` the selection speaks of: bool `[in]`."""
-    mask = selection.masks[site]
-    return head_columns(view, mask) if selection.grain is Grain.HEAD else mask
-
-
-@torch.no_grad()
-def mean_inputs(view: ModelView, sites: tuple[Site, ...], text: Passages, *, size: int = 16) -> dict[Site, Tensor]:
-    """Mean over all tokens of what flows into each site: float64 `[in]`, on the CPU."""
-    totals = {site: torch.zeros(view.weight(site).shape[1], dtype=torch.float64) for site in sites}
-    count = 0
-    for batch in progress.steps(list(view.batches(text, size=size)), "means"):
-        with view.record(sites, stop=True) as seen:
-            view.hidden(batch)
-        count += int(batch.length.sum())
-        for site in sites:
-            totals[site] += seen[site][batch.mask].double().sum(0).cpu()
-    return {site: total / count for site, total in totals.items()}
-
-
-def _columns(view: ModelView, site: Site) -> Tensor:
-    return view.weight(site).detach().cpu().float()
-
-
-def _bias(site: Site) -> Site:
-    return Site(site.layer, site.kind, bias=True)
+    def hooked(self, view: ModelView, request: Request) -> AbstractContextManager[None]:
+        """The same change at inference time: inside the block the model computes what the edited one does."""
+        return silencing(view, request, self.mode, self.factor, GRAINS, batch_size=self.batch_size).hooked(view)

@@ -196,7 +196,7 @@ def _gathered(wanted: Iterable[tuple[int, int]], kind: Kind) -> dict[Site, tuple
 def _chosen(grain: Grain, view: ModelView, wanted: Mapping[Site, tuple[int, ...]]) -> Selection:
     sizes = _sizes(view, grain)
     if grain == Grain.COMPONENT:
-        sizes |= {site: () for site in wanted if site.kind.in_block and view.has(site) and not site.bias}
+        sizes |= {site: () for site in wanted if site.kind in view.kinds and view.has(site) and not site.bias}
     masks = {site: torch.zeros(size, dtype=torch.bool) for site, size in sizes.items()}
     for site, entries in wanted.items():
         most = sizes[site][0] if sizes.get(site) else 0

@@ -14,7 +14,7 @@ from memloc.architectures import Row
 from memloc.errors import InputError
 from memloc.hooks import Side
 from memloc.scores import Selection
-from memloc.sites import OUTSIDE, Grain, Kind, Site
+from memloc.sites import MAPS, OUTSIDE, Grain, Kind, Site
 
 _LENS: dict[tuple[Kind, Side], str] = {
     (Kind.ATTN_Q, "input"): "attn.q.hook_in",
@@ -86,6 +86,8 @@ class LensNames:
         """
         if site.bias:
             raise InputError(f"{site}: no hook shows a bias")
+        if not site.kind.is_map:
+            raise InputError(f"{site}: only linear maps have a hook name here")
         inner = _LENS[site.kind, side]
         return f"blocks.{site.layer}.{inner}" if site.kind.in_block else inner
 
@@ -138,6 +140,8 @@ class NnsightNames:
         """
         if site.bias:
             raise InputError(f"{site}: nothing passes a bias; no path shows it")
+        if not site.kind.is_map:
+            raise InputError(f"{site}: only linear maps have a path here")
         if not site.kind.in_block:
             path = self.row.embed if site.kind is Kind.EMBED else self.row.unembed
             return f"{_safe(path)}.{side}"
@@ -182,7 +186,7 @@ class NnsightNames:
     def _at(self, path: str) -> Iterator[tuple[Kind, int]]:
         plain = ".".join(word or number for word, number in _PARTS.findall(path))
         plain = plain.replace("E_", "") if "E_" in path else plain
-        for kind in Kind:
+        for kind in MAPS:
             if not kind.in_block:
                 if plain == (self.row.embed if kind is Kind.EMBED else self.row.unembed):
                     yield kind, OUTSIDE

@@ -161,7 +161,7 @@ class Grid:
             content = tomllib.loads(path.read_text(encoding="utf8"))
         except (OSError, ValueError) as error:
             raise InputError(f"{path} cannot be read as TOML: {error}") from error
-        return cls.of(_filled(content, values, path.name), folder=path.parent, where=path.name)
+        return cls.of(filled(content, values, path.name), folder=path.parent, where=path.name)
 
     @classmethod
     def of(cls, content: Mapping[str, Any], *, folder: str | Path = ".", where: str = "grid") -> Grid:
@@ -194,11 +194,16 @@ class Grid:
         return cls(models=models, data=data, measures=measures, sets=sets, reference=reference, reference_tokens=tokens)
 
 
-def _filled(value: Any, values: Mapping[str, str], where: str) -> Any:
+def filled(value: Any, values: Mapping[str, str], where: str) -> Any:
+    """What a file holds, with every {NAME} in its texts replaced.
+
+    Raises:
+        InputError: a name nobody gave.
+    """
     if isinstance(value, Mapping):
-        return {key: _filled(entry, values, where) for key, entry in value.items()}
+        return {key: filled(entry, values, where) for key, entry in value.items()}
     if isinstance(value, list):
-        return [_filled(entry, values, where) for entry in value]
+        return [filled(entry, values, where) for entry in value]
     if not isinstance(value, str) or "{" not in value:
         return value
     try:

@@ -32,6 +32,11 @@ class Table:
         shown = "missing" if found is None else f"{found!r}"
         return InputError(f"{self.where}: {key}: {shown}; expected {expected}")
 
+    @property
+    def keys(self) -> tuple[str, ...]:
+        """Keys not taken yet."""
+        return tuple(self._values)
+
     def has(self, key: str) -> bool:
         """Whether the key is there and not taken yet."""
         return key in self._values

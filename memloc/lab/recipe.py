@@ -1,4 +1,4 @@
-"""What a lab is built from: every choice in one frozen record, two presets, and the digest a built lab is known by.
+"""What a lab is built from: every choice in one frozen record, three presets, and the digest a built lab is known by.
 
 Torch is not imported here: a built lab is recognised without it.
 """
@@ -143,11 +143,17 @@ TINY = Recipe(
     snapshots=(0.0, 0.5),
 )
 
-PRESETS = Registry("recipe", {"demo": "memloc.lab.recipe:DEMO", "tiny": "memloc.lab.recipe:TINY"})
+LARGE = Recipe(width=256, subjects=140, fact_rows=24, steps=500)
+"""420 facts, f = 1024: room for hundreds of edits at once."""
+
+PRESETS = Registry("recipe", {name: f"memloc.lab.recipe:{name.upper()}" for name in ("demo", "large", "tiny")})
 
 
 def preset(name: str, **changes: Any) -> Recipe:
-    """A recipe by its name, `demo` (a minute, 0.9 M parameters) or `tiny` (seconds, for tests), with fields changed.
+    """A recipe by its name, with fields changed.
+
+    `demo` takes about a minute (0.9 M parameters, 120 facts), `large` about five (3.4 M, 420 facts, f = 1024),
+    `tiny` seconds (for tests).
 
     Raises:
         UnknownName: no such recipe.

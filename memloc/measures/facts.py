@@ -2,27 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
 
 from memloc.errors import InputError, MismatchError
-from memloc.measurement import Figure, Measurement
-from memloc.measures.figures import figure
-from memloc.measures.record import token_record
-from memloc.passages import Fact, Facts, Passage, Passages
+from memloc.measurement import Measurement
+from memloc.measures.recall import recall_figures, recalled
+from memloc.passages import Facts
 from memloc.provenance import Provenance, settings_of
-from memloc.statistics import share_interval
 from memloc.view import ModelView
-
-Tokens = tuple[int, ...]
-
-
-class Answer(NamedTuple):
-    """How the model takes one answer to one prompt: mean nats per token, and whether every token is the arg-max."""
-
-    nll: float
-    exact: bool
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,7 +26,8 @@ class FactRecall:
     Each fact counts once: its share of paraphrases or neighbours is averaged first. A figure that no fact has prompts
     for is left out. Answers are the tokens that follow the fact's own prompt, a space before them included.
 
-    Rows: id, one value a figure (bool, or a share of the fact's prompts), nll_new, nll_true.
+    Rows: id, one value a figure (bool, or a share of the fact's prompts), nll_new, nll_true, and the magnitudes: mean
+    P(new) - P(true), for neighbours P(own) - P(new), P being exp(-nll).
 
     Attributes:
         batch_size: rows of a forward pass.
@@ -61,21 +50,9 @@ class FactRecall:
             InputError: no facts, a token outside the vocabulary, a prompt longer than the context.
             ModelError: logits that are not finite.
         """
-        asked = self._ask(view, facts)
-        rows = tuple({"id": fact.id, **_judge(fact, asked), **_tags(fact)} for fact in facts)
+        rows = recalled(view, facts, batch_size=self.batch_size)
         provenance = Provenance("facts", settings_of(self), None, {"model": view.digest, "facts": facts.digest})
-        return Measurement("facts", _figures(rows), rows, provenance)
-
-    def _ask(self, view: ModelView, facts: Facts) -> dict[tuple[Tokens, Tokens], Answer]:
-        """Every distinct (prompt, answer) of `facts`, asked once."""
-        names: dict[tuple[Tokens, Tokens], str] = {}
-        for fact in facts:
-            for index, pair in enumerate(_pairs(fact)):
-                names.setdefault(pair, f"{fact.id}, prompt and answer {index}")
-        items = tuple(Passage(name, *pair) for pair, name in names.items())
-        record = token_record(view, Passages(items, facts.origin), batch_size=self.batch_size, label="facts")
-        answers = zip(record.nll().tolist(), record.strict.tolist(), strict=True)
-        return {pair: Answer(*answer) for pair, answer in zip(names, answers, strict=True)}
+        return Measurement("facts", recall_figures(rows), rows, provenance)
 
 
 def pooled(parts: Sequence[Measurement], facts: Facts) -> Measurement:
@@ -92,75 +69,4 @@ def pooled(parts: Sequence[Measurement], facts: Facts) -> Measurement:
     if tuple(row["id"] for row in rows) != facts.ids or len({str(part.provenance.settings) for part in parts}) > 1:
         raise MismatchError(f"{len(rows)} rows of facts measured one by one do not pool into the {len(facts)} given")
     first = parts[0].provenance
-    return Measurement("facts", _figures(rows), rows, replace(first, inputs={"facts": facts.digest}))
-
-
-def _pairs(fact: Fact) -> Iterator[tuple[Tokens, Tokens]]:
-    for prompt in (fact.prompt, *fact.paraphrases):
-        yield prompt.ids, fact.target
-        yield prompt.ids, fact.target_true
-    for neighbor in fact.neighbors:
-        yield neighbor.prompt.ids, neighbor.target
-        yield neighbor.prompt.ids, fact.target
-
-
-def _judge(fact: Fact, asked: Mapping[tuple[Tokens, Tokens], Answer]) -> dict[str, Any]:
-    new, true = asked[fact.prompt.ids, fact.target], asked[fact.prompt.ids, fact.target_true]
-    found: dict[str, Any] = {
-        "efficacy success": new.nll < true.nll,
-        "efficacy accuracy": new.exact,
-        "true accuracy": true.exact,
-    }
-    if fact.paraphrases:
-        pairs = [(asked[p.ids, fact.target], asked[p.ids, fact.target_true]) for p in fact.paraphrases]
-        found["paraphrase success"] = _share(new.nll < true.nll for new, true in pairs)
-        found["paraphrase accuracy"] = _share(new.exact for new, _ in pairs)
-        found["paraphrase true accuracy"] = _share(true.exact for _, true in pairs)
-    if fact.neighbors:
-        pairs = [(asked[n.prompt.ids, n.target], asked[n.prompt.ids, fact.target]) for n in fact.neighbors]
-        found["neighbour success"] = _share(own.nll < new.nll for own, new in pairs)
-        found["neighbour accuracy"] = _share(own.exact for own, _ in pairs)
-    return {**found, "nll_new": new.nll, "nll_true": true.nll}
-
-
-NAMES = (
-    "efficacy success",
-    "efficacy accuracy",
-    "paraphrase success",
-    "paraphrase accuracy",
-    "neighbour success",
-    "neighbour accuracy",
-    "true accuracy",
-    "paraphrase true accuracy",
-)
-SUCCESSES = ("efficacy success", "paraphrase success", "neighbour success")
-
-
-def _figures(rows: Sequence[Mapping[str, Any]]) -> dict[str, Figure]:
-    found: dict[str, Figure] = {}
-    for name in NAMES:
-        shares = [float(row[name]) for row in rows if name in row]
-        if shares:
-            better = "" if "true" in name else "higher"
-            mean = sum(shares) / len(shares)
-            found[name] = figure(name, mean, len(shares), share_interval(shares), "share", better)
-    parts = [found[name] for name in SUCCESSES if name in found]
-    if len(parts) == len(SUCCESSES):
-        ends = (_harmonic(part.low or 0.0 for part in parts), _harmonic(part.high or 0.0 for part in parts))
-        n = min(part.n for part in parts)
-        found["score"] = figure("score", _harmonic(part.value for part in parts), n, ends, "share", "higher")
-    return found
-
-
-def _harmonic(shares: Iterable[float]) -> float:
-    found = list(shares)
-    return len(found) / sum(1 / share for share in found) if all(found) else 0.0
-
-
-def _share(verdicts: Iterable[bool]) -> float:
-    found = list(verdicts)
-    return sum(found) / len(found)
-
-
-def _tags(fact: Fact) -> dict[str, Any]:
-    return {key: fact.tags[key] for key in ("relation", "dose") if key in fact.tags}
+    return Measurement("facts", recall_figures(rows), rows, replace(first, inputs={"facts": facts.digest}))

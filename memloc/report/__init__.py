@@ -12,10 +12,11 @@ from memloc.report.contents import (
 )
 from memloc.report.markdown import render_markdown
 from memloc.report.page import render_html
+from memloc.report.sheets import Entry, Sheet
 from memloc.report.texts import TextRow
 from memloc.report.whole import Report
 
 __all__ = [
-    "Comparison", "Condition", "Curve", "EditSummary", "Goal", "Located", "Note", "Report", "TextRow", "Verdict",
-    "dose_curve", "render_html", "render_markdown",
+    "Comparison", "Condition", "Curve", "EditSummary", "Entry", "Goal", "Located", "Note", "Report", "Sheet",
+    "TextRow", "Verdict", "dose_curve", "render_html", "render_markdown",
 ]  # fmt: skip

@@ -100,6 +100,32 @@ FIGURES: Mapping[str, Known] = {
         "higher",
         "Questions about other subjects: the likeliest answer is still their own.",
     ),
+    "written alike": Known(
+        "Written alike to the end",
+        "",
+        "Share of prompts after which the model writes, token by token, what it wrote before the edit.",
+    ),
+    "agreement": Known(
+        "Written alike, until the first difference",
+        "",
+        "How far into its own continuation of ordinary text the model still writes what it wrote before the edit, as a "
+        "share of its length. One exchanged token ends it, so any change of the weights lowers it: compare with the "
+        "random control.",
+    ),
+    "edit distance": Known(
+        "Tokens to exchange, insert or delete",
+        "",
+        "Levenshtein distance between what the model writes and what it wrote before the edit, as a share of its "
+        "length.",
+    ),
+    "repeated 4-grams": Known(
+        "Repeats itself",
+        "",
+        "Share of groups of four tokens that already stood in the same continuation: a broken model repeats itself.",
+    ),
+    "token entropy": Known(
+        "Variety of its words", "", "Entropy of the tokens of one continuation, in nats: a broken model uses few."
+    ),
     "fragile rows": Known(
         "Verdicts that hang on a tie", "", "Passages whose verdict depends on a tie between equally likely tokens."
     ),

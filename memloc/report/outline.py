@@ -24,6 +24,7 @@ from memloc.report.blocks import (
 from memloc.report.evidence import comparison, headline
 from memloc.report.glossary import FIGURES, TERMS
 from memloc.report.places import edit, located
+from memloc.report.sheets import sheets
 from memloc.report.wording import NONE, scalar
 
 
@@ -35,6 +36,8 @@ def outline(data: Mapping[str, Any]) -> list[Block]:
         blocks.append(Verdicts(tuple(data["verdicts"])))
     if data["comparisons"] or not data["localizations"]:
         blocks += headline(data["comparisons"])
+    # Reports of an earlier version have none.
+    blocks += sheets(data.get("sheets", ()))
     for title, part in (
         ("Findings", _notes(data["notes"])),
         ("Curves", _curves(data["curves"])),

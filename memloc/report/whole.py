@@ -14,6 +14,7 @@ from memloc.report.comparison import Comparison
 from memloc.report.contents import Condition, Curve, EditSummary, Located, Note, Verdict, jsonable
 from memloc.report.markdown import render_markdown
 from memloc.report.page import render_html
+from memloc.report.sheets import Sheet
 from memloc.report.texts import TextRow, guarded
 from memloc.store import write_text
 
@@ -36,6 +37,7 @@ class Report:
         edits: what was changed.
         texts: passages and continuations; redacted unless `show_text`.
         notes: findings in prose.
+        sheets: tables of findings of another kind.
         provenance: further origins: name to JSON value (seeds, versions, recipe).
         commands: what was run.
         show_text: whether passages may appear. Without it no passage's text is in any of the three files: texts are
@@ -58,6 +60,7 @@ class Report:
     edits: tuple[EditSummary, ...] = ()
     texts: tuple[TextRow, ...] = ()
     notes: tuple[Note, ...] = ()
+    sheets: tuple[Sheet, ...] = ()
     provenance: Mapping[str, Any] = field(default_factory=dict)
     commands: tuple[str, ...] = ()
     show_text: bool = False
@@ -94,6 +97,7 @@ class Report:
             "edits": [entry.to_json(show_text=show) for entry in self.edits],
             "texts": [entry.to_json(show_text=show) for entry in self.texts],
             "notes": [entry.to_json() for entry in self.notes],
+            "sheets": [entry.to_json() for entry in self.sheets],
             "provenance": jsonable(self.provenance),
             "commands": list(self.commands),
         }

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from memloc.errors import InputError, MismatchError
+from memloc import offloading
+from memloc.errors import InputError, MismatchError, ModelError
 from memloc.progress import steps
 
 T = TypeVar("T")
@@ -81,6 +82,8 @@ def substituted(module: nn.Module, tensors: Mapping[str, Tensor], work: Callable
     No parameter is written: the module looks at other tensors for the time of the call, gradients flow into them, and
     it is as before however the call ends.
     """
+    if offloading.hooked(module):
+        raise ModelError("tensors cannot stand in for weights that are loaded for each call; load the model whole")
     return cast(T, functional_call(_Around(module), {f"inner.{name}": part for name, part in tensors.items()}, (work,)))
 
 

@@ -102,6 +102,7 @@ def earlier_parts(view: ModelView, snapshot: Snapshot, part: Part) -> dict[str, 
         CheckpointError: one is missing, or not finite.
         MismatchError: a shape differs.
     """
+    view.need_in_memory("putting layers back")
     found = {}
     for name in part.rows:
         full = f"{view.row.blocks}.{part.layer}.{name}"

@@ -5,6 +5,7 @@ transformers' own `generate` obeys the checkpoint's end token, penalties and ban
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,7 +31,13 @@ class Continuation:
 
 @torch.no_grad()
 def continuation(
-    view: ModelView, ids: Tensor, length: int, *, temperature: float = 0.0, generator: torch.Generator | None = None
+    view: ModelView,
+    ids: Tensor,
+    length: int,
+    *,
+    temperature: float = 0.0,
+    top_k: int | None = None,
+    generator: torch.Generator | None = None,
 ) -> Continuation:
     """Let the model continue rows of equal length.
 
@@ -39,6 +46,7 @@ def continuation(
         ids: [n, s] long.
         length: how many tokens to add.
         temperature: 0 is greedy (lowest id among equals).
+        top_k: each token is drawn from the k likeliest (and those that tie with the last of them).
         generator: on the model's device; needed where the temperature is not 0.
 
     Cost: one forward over s tokens, then one a token, with cached keys and values.
@@ -52,6 +60,9 @@ def continuation(
         cache = out.past_key_values
         hidden.append(out.last_hidden_state)
         logits = view.unembed(out.last_hidden_state[:, -1])
+        if top_k is not None:
+            least = logits.topk(min(top_k, logits.shape[-1])).values[:, -1:]
+            logits = logits.masked_fill(logits < least, -math.inf)
         if temperature > 0:
             written.append(_draw(logits / temperature, generator))
         else:

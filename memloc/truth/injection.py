@@ -139,6 +139,7 @@ def inject(view: ModelView, passages: Passages, gold: Selection, where: Where, t
     old = {site: _read(view, site, entries, by_row) for site, entries in lines.items()}
     rows = {site: part.clone().requires_grad_(True) for site, part in old.items()}
     norms = {site: part.norm(dim=1, keepdim=True) for site, part in old.items()}
+    view.need_in_memory("training rows of weights")
     ways = Substituted(view, lines, by_row)
     adam = torch.optim.Adam(list(rows.values()), lr=training.learning_rate)
     losses: list[float] = []

@@ -7,8 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from memloc.command import out
-from memloc.errors import InputError
+from memloc.command import filled_values, out
 from memloc.terminal import Terminal
 
 if TYPE_CHECKING:
@@ -34,7 +33,7 @@ def run(arguments: argparse.Namespace, terminal: Terminal) -> None:
     from memloc.grids.grid import Grid
     from memloc.grids.run import missing, sweep
 
-    grid = Grid.read(arguments.grid, **_values(arguments.values))
+    grid = Grid.read(arguments.grid, **filled_values(arguments.values))
     plan = Plan.of(grid)
     left = missing(plan, arguments.out)
     told = told_plan(plan, left, arguments.jobs)
@@ -62,17 +61,6 @@ def told_plan(plan: Plan, missing: Sequence[str], jobs: int) -> list[str]:
         f"working memory up to {memory / 2**20:.0f} MB, and the model, in each of {jobs} process{'es' * (jobs > 1)}",
     ]
     return lines + [f"note: {note}" for note in plan.notes]
-
-
-def _values(given: Sequence[str]) -> dict[str, str]:
-    found = {}
-    for entry in given:
-        name, mark, value = entry.partition("=")
-        if not mark or not name.isidentifier():
-            raise InputError(f"--with {entry}: expected NAME=VALUE")
-        # A place named on the command line is meant from where the command is given, not from where the grid lies.
-        found[name] = str(Path(value).absolute()) if Path(value).exists() else value
-    return found
 
 
 def _print(rows: Sequence[Row], top: int, terminal: Terminal) -> None:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from memloc.command import common
 from memloc.methods import LOCALIZERS
 from memloc.registry import Registry
 from memloc.terminal import Terminal
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
 def flags(parser: argparse.ArgumentParser) -> None:
     """Add its flags."""
     parser.add_argument("model", help="checkpoint folder (or hub name)")
+    common(parser, "device-map")
     parser.add_argument(
         "--paths",
         type=Path,
@@ -31,7 +33,7 @@ def run(arguments: argparse.Namespace, terminal: Terminal, tables: Sequence[Regi
     """Prove the model's row; print what it says, and which methods of `tables` can work on the model."""
     from memloc.view import ModelView
 
-    view = ModelView.open(arguments.model, paths=arguments.paths)
+    view = ModelView.open(arguments.model, paths=arguments.paths, device_map=arguments.device_map)
     about, maps = _about(view), _maps(view)
     terminal.table("proved by arithmetic on this model", ["", ""], list(about.items()))
     terminal.table("maps of a block", list(maps[0]), [list(entry.values()) for entry in maps])

@@ -31,7 +31,8 @@ def flags(parser: argparse.ArgumentParser) -> None:
                         default="planted,inj,del")  # fmt: skip
     parser.add_argument("--methods", help="localizers and baselines, with commas between (default: every one)")
     parser.add_argument("--model", nargs="+", help="checkpoint folders, labs with their files", metavar="FOLDER")
-    parser.add_argument("--lab", choices=["tiny", "demo"], help="build labs under --out, one a seed, or find them")
+    sizes = ["tiny", "demo", "large"]
+    parser.add_argument("--lab", choices=sizes, help="build labs under --out, one a seed, or find them")
     parser.add_argument("--seeds", type=int, default=3, help="draws on each --model, or labs (default: 3)")
     common(parser, "passages", "controls", "text", "prefix", "suffix")
     parser.add_argument("--share", type=float, help="share of places that injected memories are trained into")

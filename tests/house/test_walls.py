@@ -18,17 +18,18 @@ from memloc.registry import Registry
 ROOT = Path(__file__).parents[2]
 
 FLOORS: tuple[str, ...] = (
-    "memloc.errors memloc.lazy memloc.progress memloc.slices memloc.statistics",
-    "memloc memloc.flags memloc.hooks memloc.loading memloc.processes memloc.provenance memloc.registry",
+    "memloc.errors memloc.lazy memloc.offloading memloc.progress memloc.slices memloc.statistics",
+    "memloc memloc.flags memloc.hooks memloc.loading memloc.processes memloc.provenance memloc.registry "
     "memloc.sites memloc.store memloc.terminal",
     "memloc.architectures memloc.measurement memloc.methods memloc.passages memloc.scores",
     "memloc.batches memloc.call_order memloc.formats memloc.results",
     "memloc.paths_given memloc.plots memloc.proof",
     "memloc.engines memloc.report",
     "memloc.notebook memloc.view",
-    "memloc.command memloc.costs memloc.lab memloc.moments memloc.objectives memloc.parts memloc.reading",
+    "memloc.command memloc.costs memloc.lab memloc.moments memloc.objectives memloc.parts memloc.reading "
     "memloc.rewinding memloc.running",
-    "memloc.ablations memloc.gradients memloc.measures memloc.patching memloc.shared_work",
+    "memloc.ablations memloc.gradients memloc.measures memloc.moment_judgement memloc.moment_pass memloc.patching "
+    "memloc.shared_work",
     "memloc.grids memloc.localizers memloc.truth",
     "memloc.checks memloc.verbs",
     "memloc.cli",
@@ -44,17 +45,32 @@ FLOORS: tuple[str, ...] = (
     "editors.batch_edit",
     "editors.export editors.rewriters editors.pruners editors.checks",
     "editors.demo editors.verbs",
+    "editors editors.activity editors.alternative editors.ball editors.base editors.contexts "
+    "editors.curvature_pairs editors.deltas editors.keep editors.masks editors.methods editors.model_card "
+    "editors.odds editors.packing editors.replay editors.rounding editors.shards editors.trial "
+    "editors.unlearning_losses",
+    "editors.descent editors.disk_names editors.fisher_blocks editors.hook_form editors.keeping "
+    "editors.keys_values editors.layer_choice editors.least_change editors.least_squares "
+    "editors.other_checkpoints editors.own_words editors.patch editors.silencing editors.spectra",
+    "editors.binding editors.edit_record editors.editability editors.training",
+    "editors.adapters editors.band editors.edit_file editors.teaching",
+    "editors.edit",
+    "editors.checkpoint editors.checks editors.control editors.prunings editors.shared_subspace "
+    "editors.trade_offs editors.unlearning",
+    "editors.export editors.rewriters editors.trained_masks editors.verification",
+    "editors.demo editors.pruners editors.verbs",
     "editors.cli",
 )
 """Lowest first. A package stands for all its files. A file imports from floors below its own, or its own package."""
 
 HOOKS = {"memloc/hooks.py"}
 WRITERS = {
-    "editors/edit.py", "editors/descent.py", "memloc/architectures.py", "memloc/truth/planted.py",
-    "memloc/truth/injection.py", "memloc/lab",
+    "editors/edit.py", "editors/descent.py", "editors/trained_masks.py", "editors/verification/quantised.py",
+    "memloc/architectures.py", "memloc/truth/planted.py", "memloc/truth/injection.py", "memloc/lab",
 }  # fmt: skip
 """Who may write a weight: the edit, which alone writes into a model it was given; the one line it writes through; and
-those that write into models of their own (descent, planting and injecting into a copy, the lab into what it trains)."""
+those that write into models of their own (descent, masks trained on a copy, rounding, planting and injecting into a
+copy, the lab into what it trains)."""
 
 HANDLES = {"parameter", "weight", "get_parameter", "parameters", "named_parameters", "state_dict"}
 """Method calls that hand out a model's own tensors."""

@@ -6,6 +6,7 @@ worth holding to the battery stand in `VARIANTS`, under the method's name and a 
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,12 +17,37 @@ import zoo
 
 from editors.base import Request
 from editors.methods import EDITORS
+from editors.pruners.balanced_subnet import BalancedSubnet
+from editors.pruners.curvature import Curvature
+from editors.pruners.durable import Durable
+from editors.pruners.greedy import Greedy
+from editors.pruners.head_dropout import HeadDropout
+from editors.pruners.layer_rewind import LayerRewind
+from editors.pruners.layernorm_removal import LayernormRemoval
+from editors.pruners.magnitude import Magnitude
 from editors.pruners.neuron_dropout import NeuronDropout
 from editors.rewriters.alphaedit import AlphaEdit
 from editors.rewriters.emmet import Emmet
 from editors.rewriters.memit import Memit
+from editors.pruners.obs import Obs
+from editors.pruners.random import Random as RandomPruning
+from editors.pruners.subnet import Subnet
+from editors.pruners.subspace import Subspace
+from editors.pruners.svd import Svd
+from editors.rewriters.constrained_fine_tune import ConstrainedFineTune
+from editors.rewriters.fine_tune import FineTune
+from editors.rewriters.forget_passage import ForgetPassage
+from editors.rewriters.fuse import Fuse
+from editors.rewriters.gradient_ascent import GradientAscent
+from editors.rewriters.gradient_difference import GradientDifference
+from editors.rewriters.knowledge_neuron_surgery import KnowledgeNeuronSurgery
+from editors.rewriters.npo import Npo
+from editors.rewriters.rmu import Rmu
 from editors.rewriters.rome import Rome
+from editors.rewriters.simnpo import Simnpo
 from editors.rewriters.sparse_fine_tune import SparseFineTune
+from editors.rewriters.task_vector import TaskVector
+from editors.rewriters.ultraedit import UltraEdit
 from memloc.localizers.random import Random
 from memloc.passages import Fact, Facts, Prompt
 from memloc.view import ModelView
@@ -62,12 +88,37 @@ DEFAULTS: Mapping[str, Case] = {
     "alphaedit": Case(AlphaEdit(**BATCH, threshold=1.0), ("facts", "text", "keep_facts")),
     "emmet": Case(Emmet(**BATCH, slack=0.1), ("facts", "text", "retain")),
     "memit": Case(Memit(**BATCH), ("facts", "text")),
+    "constrained-fine-tune": Case(ConstrainedFineTune(steps=3, epsilon=0.2, lr=1e-2), ("facts",)),
+    "fine-tune": Case(FineTune(steps=3, lr=1e-2), ("facts",)),
+    "gradient-ascent": Case(GradientAscent(steps=3, lr=1e-2, floor=-30.0), ("forget", "text"), grain="weight"),
+    "gradient-difference": Case(GradientDifference(**QUICK, floor=-30.0), grain="weight"),
     "neuron-dropout": Case(NeuronDropout(), grain="neuron"),
+    "npo": Case(Npo(**QUICK, floor=-30.0), grain="head", fraction=0.4),
+    "rmu": Case(Rmu(**QUICK, floor=-30.0, layer=1)),
+    "curvature": Case(Curvature(keep=0.8), ("text",)),
+    "fuse": Case(lambda view, folder: Fuse(others=(other(view, folder),)), (), hooks=False),
+    "layer-rewind": Case(lambda view, folder: LayerRewind(earlier=other(view, folder)), (), hooks=False),
+    "layernorm-removal": Case(LayernormRemoval(), (), hooks=False, refuses={"olmo": "no gains or biases"}),
+    "forget-passage": Case(ForgetPassage(rounds=2, tries=2, replay=8, kinds="mlp.out", protect=4)),
+    "knowledge-neuron-surgery": Case(KnowledgeNeuronSurgery(), ("facts",), grain="neuron"),
+    "ultraedit": Case(UltraEdit(lr=1e-2), ("facts",)),
+    "balanced-subnet": Case(BalancedSubnet(share=0.1, epochs=1)),
+    "durable": Case(Durable(share=0.05)),
+    "greedy": Case(Greedy(share=0.02, backwards=3)),
+    "head-dropout": Case(HeadDropout(), ("text",), grain="head", fraction=0.3),
+    "magnitude": Case(Magnitude(), (), grain="weight"),
+    "obs": Case(Obs(share=0.05, gradients=4, block=7)),
+    "random": Case(RandomPruning(), (), grain="weight"),
     "rome": Case(
         Rome(layer=1, prefixes=(), kl_weight=0.0, token="subject-last", steps=4, namesakes=4, recalls=0),
         ("facts", "text"),
     ),
+    "simnpo": Case(Simnpo(**QUICK, floor=-30.0), grain="neuron"),
+    "subnet": Case(Subnet(share=0.1, epochs=1)),
+    "subspace": Case(Subspace(share=0.1)),
     "sparse-fine-tune": Case(SparseFineTune(**QUICK, floor=-30.0), grain="weight"),
+    "svd": Case(Svd(energy=0.8), ()),
+    "task-vector": Case(lambda view, folder: TaskVector(finetuned=other(view, folder), scale=-0.5), (), hooks=False),
 }
 """By method. One that is not here is tested as it comes, with forget, retain and text."""
 
@@ -79,8 +130,67 @@ VARIANTS: Mapping[str, Case] = {
         ),
         ("facts", "text"),
     ),
+    "gradient-difference whole": Case(
+        GradientDifference(steps=2, lr=1e-3, floor=-30.0, replay=0, keep="nll", keep_rows=2), ("forget", "retain")
+    ),
+    "constrained-fine-tune l2": Case(
+        ConstrainedFineTune(steps=2, lr=1e-2, norm="l2", epsilon=0.2), ("facts",), grain="weight"
+    ),
+    "fuse geometric": Case(
+        lambda view, folder: Fuse(others=(other(view, folder),), weights=(0.75, 0.25), mean="geometric"),
+        (),
+        grain="component",
+        fraction=0.5,
+    ),
+    "layer-rewind of weights": Case(
+        lambda view, folder: LayerRewind(earlier=other(view, folder)),
+        (),
+        grain="weight",
+        fraction=0.2,
+    ),
+    "layer-rewind of heads": Case(
+        lambda view, folder: LayerRewind(earlier=other(view, folder), reach="unit"),
+        (),
+        grain="head",
+        fraction=0.3,
+    ),
+    "layernorm-removal of a layer": Case(
+        LayernormRemoval(layers=(1,), kinds="attn.norm,norm", biases=False), (), hooks=False
+    ),
+    "task-vector from a base": Case(
+        lambda view, folder: TaskVector(base=other(view, folder), scale=0.5),
+        (),
+        grain="neuron",
+        fraction=0.3,
+    ),
+    "curvature forget": Case(
+        Curvature(keep=0.9, aim="forget", price="loss", kinds="attn.v,mlp.out"), ("forget", "text")
+    ),
+    "curvature corrected": Case(
+        Curvature(correction=True, labels="true", layers=(1,)), ("text",), grain="head", fraction=0.5
+    ),
+    "svd of neurons": Case(Svd(energy=0.5), (), grain="neuron", fraction=0.3),
+    "forget-passage attention": Case(ForgetPassage(rounds=3, tries=2, replay=0, rank=2, kinds="attn.v,attn.out")),
+    "knowledge-neuron-surgery replace": Case(KnowledgeNeuronSurgery(mode="replace"), ("facts",), grain="neuron"),
+    "ultraedit passages": Case(UltraEdit(lr=1e-2, rounds=2, kinds="mlp.in"), ("forget",), grain="layer", fraction=0.7),
     "neuron-dropout scale": Case(NeuronDropout(mode="scale", factor=0.5), grain="neuron"),
     "neuron-dropout heads": Case(NeuronDropout(), grain="head", fraction=0.3),
+    "head-dropout resample": Case(
+        HeadDropout(mode="resample"),
+        ("text",),
+        grain="head",
+        fraction=0.3,
+        refuses={"qwen3": "no bias", "falcon_new": "no bias"},
+    ),
+    "subspace directions": Case(Subspace(mode="directions", rank=3)),
+    "subspace directions of weights": Case(Subspace(mode="directions", rank=2), grain="weight"),
+    "obs that makes up": Case(Obs(share=0.05, gradients=4, block=7, compensate="keep")),
+    "magnitude of a selection": Case(Magnitude(order="largest"), (), grain="neuron"),
+    "random in a selection": Case(RandomPruning(share=0.5), ("text",), grain="component"),
+    "durable in a selection": Case(Durable(share=0.2, among="model"), grain="weight"),
+    "balanced-subnet in a selection": Case(
+        BalancedSubnet(share=0.3, epochs=1, mixing="both"), grain="component", fraction=0.4
+    ),
 }
 
 
@@ -109,6 +219,19 @@ def request(name: str, view: ModelView, seed: int = 0) -> Request:
     if asked.grain is not None:
         chosen = Random(grain=asked.grain)(view, data["forget"]).top(fraction=asked.fraction)  # type: ignore[arg-type]
     return Request(**{part: data[part] for part in asked.asks}, selection=chosen, seed=seed)
+
+
+def other(view: ModelView, folder: Path) -> str:
+    """A checkpoint folder of the same shape in which every parameter is another."""
+    found = folder / "other"
+    if not found.is_dir():
+        made, generator = copy.deepcopy(view.model), torch.Generator().manual_seed(11)
+        with torch.no_grad():
+            for parameter in made.parameters():
+                noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float32)
+                parameter.mul_((1.1 + 0.5 * noise).to(parameter.dtype))
+        made.save_pretrained(found)
+    return str(found)
 
 
 def facts(count: int, seed: int) -> Facts:

@@ -6,9 +6,9 @@ from memloc.architectures import ROWS
 from memloc.engines.names import LensNames, NnsightNames, exported
 from memloc.errors import InputError
 from memloc.scores import selected
-from memloc.sites import OUTSIDE, Grain, Kind, Site
+from memloc.sites import MAPS, OUTSIDE, Grain, Kind, Site
 
-SITES = [Site(3 if kind.in_block else OUTSIDE, kind) for kind in Kind]
+SITES = [Site(3 if kind.in_block else OUTSIDE, kind) for kind in MAPS]
 
 
 @pytest.mark.parametrize("side", ["input", "output"])
@@ -28,7 +28,7 @@ def test_every_path_comes_back_as_its_site(row):
                 names.name(site)
             continue
         path = names.name(site, "output")
-        sharing = [k for k in Kind if k.in_block and site.kind.in_block and row.path(k) == row.path(site.kind)]
+        sharing = [k for k in MAPS if k.in_block and site.kind.in_block and row.path(k) == row.path(site.kind)]
         if len(sharing) > 1:
             with pytest.raises(InputError, match=f"a fused map of {row.family}, shared by"):
                 names.parse(path)

@@ -112,6 +112,19 @@ def test_subjects_are_told_apart():
         assert not any(one in other for one in names for other in names if one != other)
 
 
+def test_the_large_lab_holds_hundreds_of_facts_and_asks_them_as_the_demo_does():
+    recipe = preset("large")
+    truths = facts.invent(recipe)
+    trained = {line for truth in truths for line in truth.sentences()}
+    names = {truth.subject for truth in truths}
+    assert len(truths) == 420
+    assert 4 * recipe.width >= 1024
+    assert len(names) == recipe.subjects
+    assert not any(one in other for one in names for other in names if one != other)
+    assert not any(f"{truth.prompt(truth.held_out)} {truth.answer}." in trained for truth in truths)
+    assert all(len(row["neighbors"]) == recipe.neighbors for row in facts.records(truths, recipe))
+
+
 def test_runs_find_what_two_texts_share():
     rng = np.random.default_rng(1)
     seen = [rng.integers(0, 9, length).tolist() for length in (40, 5, 23)]

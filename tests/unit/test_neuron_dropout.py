@@ -8,7 +8,8 @@ from torch.testing import assert_close
 from editors.base import Request
 from editors.checks import check_editor
 from editors.masks import weight_masks
-from editors.pruners.neuron_dropout import NeuronDropout, inputs, mean_inputs
+from editors.pruners.neuron_dropout import NeuronDropout
+from editors.silencing import inputs, mean_inputs
 from memloc.errors import InputError
 from memloc.provenance import Provenance
 from memloc.scores import Selection, selected
@@ -89,7 +90,9 @@ def test_keeps_an_editors_promises(mode, dtype, tmp_path):
 def test_refusals_say_what_to_do():
     view = ModelView.open(zoo.build("llama"))
     request = Request(selection=neurons(view), text=TEXT)
-    with pytest.raises(InputError, match=r"L0.mlp.out has no bias to hold a mean; use mode zero or scale"):
+    with pytest.raises(
+        InputError, match=r"L0.mlp.out has no bias to hold a constant; use mode zero or scale, or the hook form"
+    ):
         NeuronDropout(mode="mean")(view, request)
     with pytest.raises(InputError, match="needs ordinary text"):
         NeuronDropout(mode="mean")(ModelView.open(zoo.build("gpt2")), Request(selection=neurons(view)))

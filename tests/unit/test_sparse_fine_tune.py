@@ -12,7 +12,8 @@ from editors.base import Request
 from editors.checks import check_editor, check_inside, hands_off
 from editors.descent import MaskedAdam, working_copy
 from editors.masks import weight_masks
-from editors.rewriters.sparse_fine_tune import SparseFineTune, Stop, Term
+from editors.rewriters.sparse_fine_tune import SparseFineTune
+from editors.training import Stop, Term
 from memloc.errors import InputError
 from memloc.objectives import suffix_logprobs
 from memloc.passages import Fact, Facts, Passage, Passages, Prompt

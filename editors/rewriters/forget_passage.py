@@ -1,0 +1,440 @@
+"""Forget passages: the least change after which the model says them no more readily than after disturbed prefixes."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from editors.base import Request
+from editors.deltas import LowRank
+from editors.descent import working_copy
+from editors.edit import Edit
+from editors.least_change import Metric, dual, gram
+from editors.odds import Row, Slopes, every_odds, log_odds, slopes
+from editors.replay import Replay, self_replay, token_pool
+from memloc import progress
+from memloc.batches import pad
+from memloc.errors import InputError
+from memloc.gradients.curvature import Factors, curvature_factors
+from memloc.passages import Passage, Passages
+from memloc.provenance import Provenance, settings_of
+from memloc.scores import Selection
+from memloc.sites import Grain, Site, kinds_named
+from memloc.view import ModelView
+
+FULL_STEPS = 2
+"""Rounds that go all the way; later ones go part of it, because each solve holds to first order only."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ForgetPassage:
+    """Rewrite what the prefixes of passages recall, towards what the model says where it does not recognise them.
+
+    For every token of a target's suffix, z = log(p / (1 - p)) after its true prefix should fall to z°, its mean over
+    copies whose tokens were substituted with probability `disturb`: the model's own answer where the memory is not
+    called up. Of all changes D of the chosen maps that do so to first order, the one with least
+
+        Σ_maps tr(G D A Dᵀ),   A = E[k kᵀ],   G = E[g gᵀ]
+
+    over ordinary text, `retain` and the model's own samples, is Σ_i x_i (G⁻¹ g_i)(A⁻¹ k_i)ᵀ: k_i is what a map reads at
+    the position that predicts token i, g_i the derivative of z_i by what it puts out there, and x ≥ 0 solves a problem
+    with one unknown a token. That objective is twice the divergence on what is to be kept, by K-FAC. No gradient
+    descent, no values to optimise: measure, solve, and again, since each solve is linear (the same D is solved for as a
+    whole, not added to). Sure tokens of `retain`, `keep_facts` and of the samples that the change would lose join the
+    next solve as demands not to fall below `margin`.
+
+    A selection of components or layers chooses the maps; of other grains it makes no sense here.
+
+    Attributes:
+        kinds: maps to change where no selection does, of every layer in `layers`.
+        layers: or None for all.
+        rank: at most that of each change; cut where the metric loses least. None leaves it to the number of tokens.
+        positions: only that many tokens of each suffix, from its start; None for all.
+        disturb: share of tokens substituted in a copy.
+        tries: copies of each target.
+        rounds: solves at most.
+        step: share of the way to a new solution that later rounds go.
+        close: nats per token that a target's mean z may stay above its z°; all below, and nothing sure lost, ends it.
+        replay: how many samples of the model to draw, before filtering; 0 for none.
+        replay_length: tokens of each; by default as long as the longest target, within the context.
+        replay_temperature: of the samples.
+        replay_ngram: a sample that shares that many tokens in a row with a target is left out.
+        replay_weight: of the samples in A and G, against ordinary text.
+        retain_weight: of `retain`.
+        margin: nats of log-odds that a token to be kept should not fall below (or its own, where that is lower).
+        protect: at most that many tokens join the solve a round, those worst hit.
+        damping: share of A's mean diagonal added to its diagonal.
+        pull_damping: the same for G.
+        ridge: share of the demands' mean diagonal; makes room where they contradict each other.
+        batch_size: rows of a forward pass.
+
+    Raises:
+        InputError: no passages to forget, nothing to keep by, a passage both to forget and to retain, or targets that
+            are said no more readily than they should be already.
+
+    Cost: factors of A and G, in³/3 + out³/3 a map and as many entries in float64; a round is one forward and backward
+    over a row for each target token and each protected one, one forward over the samples, and n² a sweep.
+
+    Source: ours. The metric is K-FAC's, Martens and Grosse 2015, arXiv:1503.05671; protection by the model's own
+    samples as in `sparse-fine-tune`.
+    """
+
+    kinds: str = "attn.out,mlp.out"
+    layers: tuple[int, ...] | None = None
+    rank: int | None = None
+    positions: int | None = None
+    disturb: float = 0.5
+    tries: int = 16
+    rounds: int = 6
+    step: float = 0.5
+    close: float = 0.1
+    replay: int = 2400
+    replay_length: int | None = None
+    replay_temperature: float = 0.7
+    replay_ngram: int = 8
+    replay_weight: float = 1.0
+    retain_weight: float = 1.0
+    margin: float = 2.0
+    protect: int = 400
+    damping: float = 1e-2
+    pull_damping: float = 0.1
+    ridge: float = 1e-3
+    batch_size: int = 64
+
+    def __post_init__(self) -> None:
+        for name in ("rank", "positions", "tries", "rounds", "replay_ngram", "batch_size"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise InputError(f"{name} {value}: expected at least 1")
+        for name in ("disturb", "step", "replay_temperature"):
+            value = getattr(self, name)
+            if value <= 0 or (name != "replay_temperature" and value > 1):
+                raise InputError(
+                    f"{name} {value}: expected above 0{'' if name.startswith('replay') else ', at most 1'}"
+                )
+        for name in (
+            "close",
+            "replay",
+            "replay_weight",
+            "retain_weight",
+            "protect",
+            "damping",
+            "pull_damping",
+            "ridge",
+        ):
+            if getattr(self, name) < 0:
+                raise InputError(f"{name} {getattr(self, name)}: expected 0 or more")
+
+    def __call__(self, view: ModelView, request: Request) -> Edit:
+        """The edit; the view's model is untouched. Uses all of the request but `facts` and `past`."""
+        targets = request.need_forget()
+        sites = self._sites(view, request.selection)
+        _check_apart(targets, request.retain)
+        work = working_copy(view)
+        asked = self._asked(work, targets, request.seed)
+        replay = self._replay(work, request, targets) if self.replay else None
+        metrics = self._metrics(work, sites, request, replay)
+        kept = _Kept.of(work, self._pool(request, replay), self.margin, self.batch_size)
+        found, notes = _Solver(self, work, metrics, asked, kept).run()
+        provenance = Provenance("forget-passage", settings_of(self), request.seed, request.inputs(view))
+        if replay is not None:
+            notes["replay"] = {"kept": len(replay.ids), "filtered": replay.filtered, "length": replay.ids.shape[1]}
+        return Edit.of(view, found, provenance, notes=notes)
+
+    def _sites(self, view: ModelView, selection: Selection | None) -> tuple[Site, ...]:
+        if selection is None:
+            kinds = kinds_named(self.kinds)
+            for layer in self.layers or ():
+                view.block(layer)
+            wanted = range(view.layers) if self.layers is None else self.layers
+            chosen = {site for site in view.sites(*kinds) if site.layer in wanted}
+        elif selection.grain is Grain.COMPONENT:
+            chosen = {site for site, mask in selection.masks.items() if bool(mask) and not site.bias}
+        elif selection.grain is Grain.LAYER:
+            layers = {site.layer for site, mask in selection.masks.items() if bool(mask)}
+            chosen = {site for site in view.sites(*kinds_named(self.kinds)) if site.layer in layers}
+        else:
+            raise InputError(f"a selection of {selection.grain}s chooses no maps; expected components or layers")
+        found = tuple(sorted(site for site in chosen if site.kind.in_block))
+        if not found:
+            raise InputError("no map is left to change; choose components or layers that hold some of the kinds")
+        return found
+
+    # -- what is asked ------------------------------------------------------------------------------------------
+
+    def _asked(self, view: ModelView, targets: Passages, seed: int) -> _Asked:
+        """A row a token, and the log-odds it should fall to."""
+        targets.check(view.vocab, view.context)
+        generator = torch.Generator().manual_seed(seed)
+        levels = []
+        for item in progress.steps(targets, "own answers"):
+            copies = _disturbed(item, view.vocab, self.disturb, self.tries, generator)
+            levels.append(_own_odds(view, copies, item, self.positions))
+        rows = [item.ids[: len(item.prefix) + step + 1] for item in targets
+                for step in range(len(item.suffix[: self.positions]))]  # fmt: skip
+        return _Asked(targets, rows, levels)
+
+    def _replay(self, view: ModelView, request: Request, targets: Passages) -> Replay:
+        length = self.replay_length or max(2, *(len(item.ids) for item in targets))
+        return self_replay(
+            view,
+            self.replay,
+            length=min(length, view.context or length),
+            starts=token_pool(request.text, request.retain),
+            avoid=[item.ids for item in targets],
+            temperature=self.replay_temperature,
+            ngram=self.replay_ngram,
+            seed=request.seed,
+        )
+
+    # -- what is kept -------------------------------------------------------------------------------------------
+
+    def _metrics(
+        self, view: ModelView, sites: Sequence[Site], request: Request, replay: Replay | None
+    ) -> dict[Site, Metric]:
+        parts: list[tuple[Factors, float]] = []
+        samples = None if replay is None else Passages(tuple(_samples(replay)), "self-replay")
+        weighed = ((request.text, 1.0), (samples, self.replay_weight), (request.retain, self.retain_weight))
+        for passages, weight in weighed:
+            if passages and weight:
+                how: dict[str, Any] = {"seed": request.seed, "size": self.batch_size}
+                parts.append((curvature_factors(view, passages, sites, **how), weight))
+        if not parts:
+            raise InputError("forget-passage needs something to keep: text, passages to retain, or replay above 0")
+        damping = {"damping": self.damping, "pull_damping": self.pull_damping}
+        return {
+            site: Metric.of(
+                torch.stack([weight * part.read.mean(site) for part, weight in parts]).sum(0),
+                torch.stack([weight * part.pull.mean(site) for part, weight in parts]).sum(0),
+                **damping,
+            )
+            for site in sites
+        }
+
+    def _pool(self, request: Request, replay: Replay | None) -> list[tuple[int, Row]]:
+        """Rows to keep, each with the first token of it that counts."""
+        named = [(len(item.prefix), item.ids) for item in request.retain or ()]
+        named += [
+            (len(item.prefix), item.ids) for item in (request.keep_facts.as_passages() if request.keep_facts else ())
+        ]
+        return named + [(1, tuple(row)) for row in ([] if replay is None else replay.ids.tolist())]
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """Every token to forget.
+
+    Attributes:
+        targets: the passages.
+        rows: one a token.
+        levels: a tensor a passage, the log-odds its tokens should fall to.
+    """
+
+    targets: Passages
+    rows: list[Row]
+    levels: list[Tensor]
+
+    @property
+    def level(self) -> Tensor:
+        """[n], of all rows."""
+        return torch.cat(self.levels)
+
+    def excess(self, odds: Tensor) -> Tensor:
+        """Mean log-odds of each passage above its level, nats per token, [targets]."""
+        parts = (odds - self.level).split([len(level) for level in self.levels])
+        return torch.stack([part.mean() for part in parts])
+
+    def recited(self, odds: Tensor) -> int:
+        """How many passages have every token likelier than not (fewer than are recited greedily)."""
+        return sum(bool((part > 0).all()) for part in odds.split([len(level) for level in self.levels]))
+
+
+@dataclass(frozen=True)
+class _Kept:
+    """Tokens the model is sure of and should stay sure of.
+
+    Attributes:
+        rows: each up to the token that counts.
+        floor: [n] log-odds it should not fall below.
+        whole: rows as they are run, and for each token which row it is in and where.
+    """
+
+    whole: list[Row]
+    line: Tensor
+    column: Tensor
+    floor: Tensor
+    size: int
+
+    @classmethod
+    def of(cls, view: ModelView, pool: Sequence[tuple[int, Row]], margin: float, size: int) -> _Kept:
+        """Tokens likelier than not, as the model is now."""
+        whole = [row for start, row in pool if len(row) > 1]
+        starts = [max(1, start) for start, row in pool if len(row) > 1]
+        odds = every_odds(view, whole, size=size)
+        line, column, floor = [], [], []
+        for index, (start, found) in enumerate(zip(starts, odds, strict=True)):
+            for at in (found > 0).nonzero()[:, 0].tolist():
+                if at + 1 >= start:
+                    line.append(index)
+                    column.append(at)
+                    floor.append(min(margin, float(found[at])))
+        return cls(whole, torch.tensor(line), torch.tensor(column), torch.tensor(floor, dtype=torch.float64), size)
+
+    def odds(self, view: ModelView) -> Tensor:
+        """[n], now."""
+        if not len(self.floor):
+            return self.floor
+        found = torch.nn.utils.rnn.pad_sequence(every_odds(view, self.whole, size=self.size), batch_first=True)
+        return found[self.line, self.column]
+
+    def row(self, index: int) -> Row:
+        """The row up to token `index`."""
+        return self.whole[int(self.line[index])][: int(self.column[index]) + 2]
+
+
+class _Solver:
+    """Measure, solve, and again."""
+
+    def __init__(
+        self, how: ForgetPassage, view: ModelView, metrics: Mapping[Site, Metric], asked: _Asked, kept: _Kept
+    ) -> None:
+        self.how, self.view, self.metrics, self.asked, self.kept = how, view, metrics, asked, kept
+        self.held: list[int] = []
+
+    def run(self) -> tuple[dict[Site, LowRank], dict[str, Any]]:
+        """The best change found, and what happened."""
+        change: dict[Site, LowRank] = {}
+        best: tuple[tuple[float, ...], dict[Site, LowRank]] | None = None
+        history = []
+        for index in range(self.how.rounds + 1):
+            with self._changed(change):
+                kept = self.kept.odds(self.view)
+                self._hold(kept)
+                found = slopes(self.view, list(self.metrics), self._rows(), size=self.how.batch_size)
+            entry = self._judged(found, kept, change)
+            progress.tell("forget-passage", index, self.how.rounds, f"above {entry['above']:.2f} lost {entry['lost']}")
+            if not change and bool((found.odds[: len(self.asked.rows)] <= self.asked.level).all()):
+                raise InputError(
+                    "nothing to do: no token of a target is said more readily than after disturbed prefixes"
+                )
+            if change:
+                history.append(entry)
+                merit = (entry["recited"], max(0.0, entry["above"] - self.how.close) + entry["short"])
+                if best is None or merit < best[0]:
+                    best = merit, change
+                if entry["met"] and not entry["lost"]:
+                    break
+            if index < self.how.rounds:
+                step = 1.0 if index < FULL_STEPS else self.how.step
+                change = self._solve(found, change, step)
+        if best is None:
+            raise InputError("the solve gave no change; lower the ridge or the dampings")
+        return best[1], {"rounds": history, "protected": len(self.held), **self._about(best[1])}
+
+    def _rows(self) -> list[Row]:
+        return self.asked.rows + [self.kept.row(index) for index in self.held]
+
+    def _solve(self, found: Slopes, change: Mapping[Site, LowRank], step: float) -> dict[Site, LowRank]:
+        """The least whole change by these slopes, and `step` of the way from the present one to it."""
+        down, held = len(self.asked.rows), torch.tensor(self.held, dtype=torch.long)
+        sign = torch.cat([-torch.ones(down), torch.ones(len(held))]).double()
+        bound = torch.cat([self.asked.level, self.kept.floor[held]])
+        present = {site: delta.left.double() @ delta.right.double() for site, delta in change.items()}
+        asked = sign * (bound - found.odds + found.moved(present))
+        white = {
+            site: metric.whitened(found.read[site], found.pull[site] * sign[:, None])
+            for site, metric in self.metrics.items()
+        }
+        weight = dual(gram(white), asked, ridge=self.how.ridge)
+        made = {}
+        for site, metric in self.metrics.items():
+            read, pull = white[site]
+            if step < 1 and site in change:
+                old = metric.whitened(
+                    change[site].right.double() @ metric.read @ metric.read.T,
+                    (metric.pull @ metric.pull.T @ change[site].left.double()).T,
+                )
+                read, pull = torch.cat([read, old[0]]), torch.cat([pull, old[1]])
+                both = torch.cat([step * weight, torch.full((len(old[0]),), 1 - step, dtype=torch.float64)])
+                made[site] = metric.change(read, pull, both, self.how.rank)
+            else:
+                made[site] = metric.change(read, pull, weight, self.how.rank)
+        return made
+
+    def _hold(self, kept: Tensor) -> None:
+        """Add the tokens worst hit by the present change to what the next solve protects."""
+        short = self.kept.floor - kept
+        known = set(self.held)
+        for index in short.argsort(descending=True, stable=True).tolist()[: self.how.protect]:
+            if short[index] > 0 and index not in known:
+                self.held.append(index)
+
+    def _judged(self, found: Slopes, kept: Tensor, change: Mapping[Site, LowRank]) -> dict[str, Any]:
+        odds = found.odds[: len(self.asked.rows)]
+        excess = self.asked.excess(odds)
+        short = (self.kept.floor - kept).clamp_min(0)
+        return {
+            "recited": self.asked.recited(odds),
+            "above": float(excess.clamp_min(0).max()),
+            "met": bool((excess <= self.how.close).all()),
+            "lost": int((kept < 0).sum()),
+            "short": float(short.mean()) if len(short) else 0.0,
+            "held": len(self.held),
+            "energy": sum(self.metrics[site].energy(delta) for site, delta in change.items()),
+        }
+
+    @contextlib.contextmanager
+    def _changed(self, change: Mapping[Site, LowRank]) -> Any:
+        """The working copy with `change` in it."""
+        if not change:
+            yield
+            return
+        with Edit.of(self.view, change, Provenance("forget-passage", {}, None, {})).apply(self.view):
+            yield
+
+    def _about(self, change: Mapping[Site, LowRank]) -> dict[str, Any]:
+        levels = zip(self.asked.targets, self.asked.levels, strict=True)
+        return {
+            "tokens": len(self.asked.rows),
+            "sure tokens": len(self.kept.floor),
+            "own log p": {item.id: float(torch.nn.functional.logsigmoid(level).sum()) for item, level in levels},
+            "rank": {str(site): delta.rank for site, delta in change.items()},
+        }
+
+
+@torch.no_grad()
+def _own_odds(view: ModelView, copies: Tensor, item: Passage, positions: int | None) -> Tensor:
+    """Mean over `copies` of the log-odds of each of the passage's true suffix tokens: [s] float64."""
+    tokens = torch.tensor(item.suffix[:positions])
+    column = torch.arange(len(tokens)) + len(item.prefix) - 1
+    line = torch.arange(len(copies)).repeat_interleave(len(tokens))
+    batch = pad(copies.tolist(), device=view.device)
+    logits = view.logits_at(batch, line.to(view.device), column.repeat(len(copies)).to(view.device))
+    found = log_odds(logits, tokens.repeat(len(copies)).to(view.device))
+    return found.view(len(copies), -1).cpu().double().mean(0)
+
+
+def _disturbed(item: Passage, vocab: int, share: float, tries: int, generator: torch.Generator) -> Tensor:
+    """[tries, t]: copies in which every token but the first was substituted with probability `share`."""
+    ids = torch.tensor(item.ids).repeat(tries, 1)
+    chosen = torch.rand(ids.shape, generator=generator) < share
+    chosen[:, 0] = False
+    # A step of 1 to v - 1, modulo v, never gives the same token back.
+    moved = (ids + torch.randint(1, vocab, ids.shape, generator=generator)) % vocab
+    return torch.where(chosen, moved, ids)
+
+
+def _samples(replay: Replay) -> list[Passage]:
+    return [Passage(f"sample-{index}", tuple(row[:1]), tuple(row[1:])) for index, row in enumerate(replay.ids.tolist())]
+
+
+def _check_apart(targets: Passages, retain: Passages | None) -> None:
+    kept = {item.ids for item in retain or ()}
+    for item in targets:
+        if item.ids in kept:
+            raise InputError(f"passage {item.id!r} is both to forget and to retain; take it out of one set")
