@@ -37,7 +37,8 @@ FLOORS: tuple[str, ...] = (
     "editors.curvature_pairs editors.deltas editors.keep editors.masks editors.methods editors.model_card "
     "editors.odds editors.packing editors.published editors.replay editors.rounding editors.shards editors.trial "
     "editors.unlearning_losses",
-    "editors.closed_forms editors.conflicts editors.descent editors.disk_names editors.fisher_blocks editors.hook_form editors.keeping "
+    "editors.closed_forms editors.conflicts editors.descent editors.disk_names editors.fisher_blocks "
+    "editors.hook_form editors.keeping "
     "editors.keys_values editors.layer_choice editors.least_change editors.least_squares "
     "editors.other_checkpoints editors.own_words editors.patch editors.silencing editors.spectra",
     "editors.binding editors.edit_record editors.editability editors.joint_values editors.training",

@@ -26,21 +26,21 @@ from editors.pruners.layer_rewind import LayerRewind
 from editors.pruners.layernorm_removal import LayernormRemoval
 from editors.pruners.magnitude import Magnitude
 from editors.pruners.neuron_dropout import NeuronDropout
-from editors.rewriters.alphaedit import AlphaEdit
-from editors.rewriters.emmet import Emmet
-from editors.rewriters.memit import Memit
 from editors.pruners.obs import Obs
 from editors.pruners.random import Random as RandomPruning
 from editors.pruners.subnet import Subnet
 from editors.pruners.subspace import Subspace
 from editors.pruners.svd import Svd
+from editors.rewriters.alphaedit import AlphaEdit
 from editors.rewriters.constrained_fine_tune import ConstrainedFineTune
+from editors.rewriters.emmet import Emmet
 from editors.rewriters.fine_tune import FineTune
 from editors.rewriters.forget_passage import ForgetPassage
 from editors.rewriters.fuse import Fuse
 from editors.rewriters.gradient_ascent import GradientAscent
 from editors.rewriters.gradient_difference import GradientDifference
 from editors.rewriters.knowledge_neuron_surgery import KnowledgeNeuronSurgery
+from editors.rewriters.memit import Memit
 from editors.rewriters.npo import Npo
 from editors.rewriters.rmu import Rmu
 from editors.rewriters.rome import Rome
