@@ -7,6 +7,9 @@ from memloc.registry import Registry
 EDITORS = Registry(
     "editor",
     {
+        "alphaedit": "editors.rewriters.alphaedit:AlphaEdit",
+        "emmet": "editors.rewriters.emmet:Emmet",
+        "memit": "editors.rewriters.memit:Memit",
         "balanced-subnet": "editors.pruners.balanced_subnet:BalancedSubnet",
         "constrained-fine-tune": "editors.rewriters.constrained_fine_tune:ConstrainedFineTune",
         "curvature": "editors.pruners.curvature:Curvature",

@@ -43,16 +43,19 @@ FLOORS: tuple[str, ...] = (
     "editors.adapters",
     "editors editors.activity editors.alternative editors.ball editors.base editors.contexts "
     "editors.curvature_pairs editors.deltas editors.keep editors.masks editors.methods editors.model_card "
-    "editors.odds editors.packing editors.replay editors.rounding editors.shards editors.trial "
+    "editors.odds editors.packing editors.published editors.replay editors.rounding editors.shards editors.trial "
     "editors.unlearning_losses",
-    "editors.descent editors.disk_names editors.fisher_blocks editors.hook_form editors.keeping "
+    "editors.closed_forms editors.conflicts editors.descent editors.disk_names editors.fisher_blocks "
+    "editors.hook_form editors.keeping "
     "editors.keys_values editors.layer_choice editors.least_change editors.least_squares "
     "editors.other_checkpoints editors.own_words editors.patch editors.silencing editors.spectra",
-    "editors.binding editors.edit_record editors.editability editors.training",
+    "editors.binding editors.edit_record editors.editability editors.joint_values editors.training",
     "editors.adapters editors.band editors.edit_file editors.teaching",
     "editors.edit",
-    "editors.checkpoint editors.checks editors.control editors.prunings editors.shared_subspace "
+    "editors.checkpoint editors.checks editors.control editors.growth editors.protected editors.prunings "
+    "editors.shared_subspace "
     "editors.trade_offs editors.unlearning",
+    "editors.batch_edit",
     "editors.export editors.rewriters editors.trained_masks editors.verification",
     "editors.demo editors.pruners editors.verbs",
     "editors.cli",
