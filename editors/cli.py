@@ -168,16 +168,16 @@ def _apply_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def _apply(arguments: argparse.Namespace, terminal: Terminal) -> None:
-    from editors.checkpoint import apply_edit
     from editors.edit import Edit
+    from editors.shipping.checkpoint import apply_edit
 
     written = apply_edit(Edit.load(arguments.edit), Path(arguments.model), arguments.out, link=arguments.link)
     print_written(written, terminal)
 
 
 def _undo(arguments: argparse.Namespace, terminal: Terminal) -> None:
-    from editors.checkpoint import undo_edit
     from editors.edit import Edit
+    from editors.shipping.checkpoint import undo_edit
 
     written = undo_edit(Edit.load(arguments.edit), Path(arguments.model), arguments.out, link=arguments.link)
     print_written(written, terminal)

@@ -12,11 +12,11 @@ from torch import Tensor
 
 from editors.base import Request
 from editors.deltas import LowRank
-from editors.descent import working_copy
 from editors.edit import Edit
-from editors.least_change import Metric, dual, gram
-from editors.odds import Row, Slopes, every_odds, log_odds, slopes
-from editors.replay import Replay, self_replay, token_pool
+from editors.tuning.descent import working_copy
+from editors.tuning.least_change import Metric, dual, gram
+from editors.tuning.odds import Row, Slopes, every_odds, log_odds, slopes
+from editors.tuning.replay import Replay, self_replay, token_pool
 from memloc import progress
 from memloc.batches import pad
 from memloc.errors import InputError

@@ -11,11 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from editors.alternative import own_alternative
 from editors.base import Request
 from editors.deltas import LowRank, add
-from editors.descent import working_copy
 from editors.edit import Edit
+from editors.tuning.alternative import own_alternative
+from editors.tuning.descent import working_copy
 from memloc import progress
 from memloc.batches import Batch
 from memloc.errors import InputError, MismatchError

@@ -22,10 +22,10 @@ from editors.base import Request
 from editors.deltas import Delta, Dense
 from editors.demo.material import material
 from editors.demo.stages import localize
-from editors.descent import working_copy
 from editors.edit import Edit
 from editors.pruners.neuron_dropout import NeuronDropout
 from editors.rewriters.sparse_fine_tune import SparseFineTune
+from editors.tuning.descent import working_copy
 from editors.verification import Effort, Material, Verification, verify
 from memloc.objectives import suffix_nll
 from memloc.passages import Passage, Passages, encode, read_jsonl

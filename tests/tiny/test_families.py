@@ -14,8 +14,8 @@ from torch.testing import assert_close
 from editors.base import Request
 from editors.checks import check_applies_and_undoes, check_survives_disk
 from editors.cli import main
-from editors.contexts import Demand, Row
-from editors.keys_values import Descent, optimise_values
+from editors.facts.contexts import Demand, Row
+from editors.facts.keys_values import Descent, optimise_values
 from editors.methods import EDITORS
 from editors.pruners.neuron_dropout import NeuronDropout
 from editors.rewriters.sparse_fine_tune import SparseFineTune
