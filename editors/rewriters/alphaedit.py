@@ -53,7 +53,7 @@ class AlphaEdit(BatchEditor):
 
     @classmethod
     def published(cls, model: str, **changes: Any) -> AlphaEdit:
-        """The original's settings for a model of `editors.facts.published.PRESETS`; give `moment` to reproduce a number."""
+        """The original's settings for a model of `facts.published.PRESETS`; give `moment` to reproduce a number."""
         found = preset(model)
         own = {"layers": found.layers, "threshold": 0.02, "ridge": 10.0, "absolute": True}
         return cls(**{**plain(found), **own, **changes})

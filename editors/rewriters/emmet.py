@@ -49,7 +49,7 @@ class Emmet(BatchEditor):
 
     @classmethod
     def published(cls, model: str, *, several: bool = True, **changes: Any) -> Emmet:
-        """The original's settings for a model of `editors.facts.published.PRESETS`; its slack only for `several` facts."""
+        """The original's settings for a model of `facts.published.PRESETS`; its slack only for `several` facts."""
         found = preset(model)
         slack = 0.1 * found.equality / found.width if several else 0.0
         return cls(**{**plain(found), "layers": (found.single,), "slack": slack, **changes})

@@ -49,7 +49,7 @@ class Memit(BatchEditor):
 
     @classmethod
     def published(cls, model: str, **changes: Any) -> Memit:
-        """The original's settings for a model of `editors.facts.published.PRESETS`; give `moment` to reproduce a number."""
+        """The original's settings for a model of `facts.published.PRESETS`; give `moment` to reproduce a number."""
         found = preset(model)
         settings = {**plain(found), "layers": found.layers, "weight": found.weight / found.width, **changes}
         return cls(**settings)
