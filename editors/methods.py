@@ -14,6 +14,7 @@ EDITORS = Registry(
         "greedy": "editors.pruners.greedy:Greedy",
         "head-dropout": "editors.pruners.head_dropout:HeadDropout",
         "magnitude": "editors.pruners.magnitude:Magnitude",
+        "mend": "editors.rewriters.mend:Mend",
         "neuron-dropout": "editors.pruners.neuron_dropout:NeuronDropout",
         "obs": "editors.pruners.obs:Obs",
         "random": "editors.pruners.random:Random",

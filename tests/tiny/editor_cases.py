@@ -15,6 +15,7 @@ import torch
 import zoo
 
 from editors.base import Request
+from editors.hypernet_training import Training
 from editors.methods import EDITORS
 from editors.pruners.balanced_subnet import BalancedSubnet
 from editors.pruners.durable import Durable
@@ -22,12 +23,13 @@ from editors.pruners.greedy import Greedy
 from editors.pruners.head_dropout import HeadDropout
 from editors.pruners.magnitude import Magnitude
 from editors.pruners.neuron_dropout import NeuronDropout
-from editors.rewriters.forget_passage import ForgetPassage
-from editors.rewriters.knowledge_neuron_surgery import KnowledgeNeuronSurgery
 from editors.pruners.obs import Obs
 from editors.pruners.random import Random as RandomPruning
 from editors.pruners.subnet import Subnet
 from editors.pruners.subspace import Subspace
+from editors.rewriters.forget_passage import ForgetPassage
+from editors.rewriters.knowledge_neuron_surgery import KnowledgeNeuronSurgery
+from editors.rewriters.mend import Mend
 from editors.rewriters.rome import Rome
 from editors.rewriters.sparse_fine_tune import SparseFineTune
 from editors.rewriters.ultraedit import UltraEdit
@@ -64,6 +66,7 @@ QUICK = {"steps": 3, "lr": 1e-2, "replay": 8, "keep_rows": 2}
 DEFAULTS: Mapping[str, Case] = {
     "forget-passage": Case(ForgetPassage(rounds=2, tries=2, replay=8, kinds="mlp.out", protect=4)),
     "knowledge-neuron-surgery": Case(KnowledgeNeuronSurgery(), ("facts",), grain="neuron"),
+    "mend": Case(lambda view, folder: trained_mend(view, folder), ("facts",)),
     "ultraedit": Case(UltraEdit(lr=1e-2), ("facts",)),
     "balanced-subnet": Case(BalancedSubnet(share=0.1, epochs=1)),
     "durable": Case(Durable(share=0.05)),
@@ -106,6 +109,14 @@ VARIANTS: Mapping[str, Case] = {
         BalancedSubnet(share=0.3, epochs=1, mixing="both"), grain="component", fraction=0.4
     ),
 }
+
+
+def trained_mend(view: ModelView, folder: Path) -> Mend:
+    """A network of two steps, for this very model."""
+    path = folder / "mend.safetensors"
+    how = Training(steps=2, rank=3, last=2, alpha=0.05, others=1, windows=1)
+    how(view, facts(3, seed=8), zoo.passages(2, seed=5), path)
+    return Mend(trained=str(path))
 
 
 def case(name: str) -> Case:
