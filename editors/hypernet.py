@@ -91,7 +91,7 @@ class Hypernet(nn.Module):
             made = state @ self.table[f"{name}/V"].T @ self.table[f"{name}/U"].T + self.table[f"{name}/b"]
             # A clamp passes the gradient at zero, where all of it starts; relu would not.
             state = state + (self.table[f"{site}/{block}/s"] * made + self.table[f"{site}/{block}/o"]).clamp_min(0)
-        right, left = state.split([read, out], 1)
+        right, left = torch.split(state, [read, out], 1)
         return -self.table[f"{site}/alpha"] * left.T, right
 
     def tensors(self) -> dict[str, Tensor]:
@@ -150,7 +150,7 @@ class Trained:
         tensors, header = store.load(path, KIND)
         sizes = {Site.parse(name): (int(out), int(read)) for name, (out, read) in header["sizes"].items()}
         net = Hypernet(sizes, rank=int(header["rank"]), alpha=0.0, seed=0)
-        parts = {name.partition("|")[0]: {} for name in tensors} | {"net": {}, "optimiser": {}}  # type: dict[str, Any]
+        parts: dict[str, dict[str, Tensor]] = {"net": {}, "optimiser": {}}
         for name, entry in tensors.items():
             parts[name.partition("|")[0]][name.partition("|")[2]] = entry
         net.restore(parts["net"])

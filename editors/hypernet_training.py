@@ -142,7 +142,7 @@ class _Adam:
 
     def tensors(self) -> dict[str, Tensor]:
         """Its state."""
-        found = {}
+        found: dict[str, Tensor] = {}
         for name, entry in self.net.table.items():
             known: dict[str, Any] = self.own.state.get(entry, {})
             if known:

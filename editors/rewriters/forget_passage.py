@@ -246,12 +246,12 @@ class _Asked:
 
     def excess(self, odds: Tensor) -> Tensor:
         """Mean log-odds of each passage above its level, nats per token, [targets]."""
-        parts = (odds - self.level).split([len(level) for level in self.levels])
+        parts = torch.split(odds - self.level, [len(level) for level in self.levels])
         return torch.stack([part.mean() for part in parts])
 
     def recited(self, odds: Tensor) -> int:
         """How many passages have every token likelier than not (fewer than are recited greedily)."""
-        return sum(bool((part > 0).all()) for part in odds.split([len(level) for level in self.levels]))
+        return sum(bool((part > 0).all()) for part in torch.split(odds, [len(level) for level in self.levels]))
 
 
 @dataclass(frozen=True)
@@ -350,7 +350,7 @@ class _Solver:
             site: metric.whitened(found.read[site], found.pull[site] * sign[:, None])
             for site, metric in self.metrics.items()
         }
-        weight = dual(gram(white), asked, ridge=self.how.ridge)
+        weight = dual(gram(white.values()), asked, ridge=self.how.ridge)
         made = {}
         for site, metric in self.metrics.items():
             read, pull = white[site]

@@ -40,6 +40,10 @@ def run(arguments: argparse.Namespace, terminal: Terminal) -> None:
     known = {field.name for field in fields(Training)}
     how = Training(**{name: getattr(arguments, name) for name in (*DEFAULTS, "seed") if name in known})
     made = how(view, facts, read_text(arguments.text, view), Path(arguments.out))
-    rows = [["facts", len(facts)], ["steps", made.step], ["maps", ", ".join(map(str, made.net.sizes))]]
+    rows: list[list[object]] = [
+        ["facts", len(facts)],
+        ["steps", made.step],
+        ["maps", ", ".join(map(str, made.net.sizes))],
+    ]
     terminal.table(f"network in {arguments.out}", ["what", "value"], rows)
     terminal.result({"file": str(arguments.out), "steps": made.step, "provenance": made.provenance.to_json()})

@@ -1,4 +1,4 @@
-"""Editors of one backward pass on facts of trained labs: MEND's network and UltraEdit, one fact at a time.
+"""Editors of one backward pass on facts of trained labs: MEND's network one by one, UltraEdit all at once.
 
     python scripts/claims/one_pass_editors_on_lab.py LAB [LAB ...] [--train 80] [--judge 20] [--steps 600] [--seed 0]
         [--folder FOLDER] [--json FILE]
@@ -6,7 +6,8 @@
 The network is trained on some of the lab's facts and judged on others that it never saw, each edited alone on the
 untouched model. Beside it: an untrained network (a step along the normalised gradient, with the step size that serves
 it best of several), and a random edit of the trained one's sites, ranks and norms. Counted as accuracy: the new answer
-after the fact's own prompt, after its paraphrases, and the present answer after its neighbours.
+after the fact's own prompt, after its paraphrases, and the present answer after its neighbours. UltraEdit normalises
+by what it has seen, and the lab's answers are of one token, so it edits the judged facts together.
 """
 
 from __future__ import annotations
@@ -79,7 +80,9 @@ def one_lab(folder: Path, given: argparse.Namespace, scratch: Path) -> dict[str,
     path, start = scratch / f"{folder.name}.mend.safetensors", time.process_time()
     Training(steps=given.steps, seed=given.seed)(view, train, text, path)
     seconds = time.process_time() - start
-    print(f"\n{folder.name}: trained on {len(train)} facts, {given.steps} steps, {seconds:.0f} cpu s; {len(judge)} judged")
+    print(
+        f"\n{folder.name}: trained on {len(train)} facts, {given.steps} steps, {seconds:.0f} cpu s; {len(judge)} judged"
+    )
     print(f"| | {' | '.join(FIGURES)} | perplexity | cpu s a fact |\n|{'---|' * 6}")
 
     def mend(where: Path) -> Callable[[Facts], Edit]:
@@ -91,9 +94,6 @@ def one_lab(folder: Path, given: argparse.Namespace, scratch: Path) -> dict[str,
         plain = scratch / f"{folder.name}.{alpha}.safetensors"
         Training(steps=0, alpha=alpha, seed=given.seed)(view, train, text, plain)
         found[f"untrained, alpha {alpha}"] = judged(view, judge, held, mend(plain))
-    for rate in RATES:
-        editor = UltraEdit(lr=rate)
-        found[f"ultraedit, lr {rate}"] = judged(view, judge, held, lambda one, e=editor: e(view, Request(facts=one)))  # type: ignore[misc]
     together = {}
     for rate in RATES:
         edit = UltraEdit(lr=rate)(view, Request(facts=judge))

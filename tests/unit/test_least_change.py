@@ -55,7 +55,7 @@ def test_the_change_moves_what_was_asked_with_the_least_energy():
     metric = Metric.of(first, second, damping=0.0, pull_damping=0.0)
     white = metric.whitened(keys, pulls)
     asked = torch.tensor([1.0, 0.5, 2.0, 1.5], dtype=torch.float64)
-    table = gram({"map": white})
+    table = gram([white])
     weight = torch.linalg.solve(table, asked)
     found = metric.change(*white, weight)
     rows = torch.stack([torch.outer(pull, key).reshape(-1) for pull, key in zip(pulls, keys, strict=True)])
