@@ -88,12 +88,12 @@ class ForgetPassage:
     layers: tuple[int, ...] | None = None
     rank: int | None = None
     positions: int | None = None
-    disturb: float = 0.5
+    disturb: float = 0.45
     tries: int = 16
     rounds: int = 6
     step: float = 0.5
     close: float = 0.1
-    replay: int = 2400
+    replay: int = 4800
     replay_length: int | None = None
     replay_temperature: float = 0.7
     replay_ngram: int = 8
@@ -102,7 +102,7 @@ class ForgetPassage:
     margin: float = 2.0
     protect: int = 400
     damping: float = 1e-2
-    pull_damping: float = 0.1
+    pull_damping: float = 0.02
     ridge: float = 1e-3
     batch_size: int = 64
 

@@ -33,8 +33,8 @@ FLOORS: tuple[str, ...] = (
     "memloc.checks memloc.verbs",
     "memloc.cli",
     "editors editors.methods editors.deltas editors.rounding editors.packing editors.shards editors.masks",
-    "editors.contexts editors.patch editors.descent editors.replay editors.keep editors.least_squares",
-    "editors.binding editors.alternative editors.hypernet editors.hypernet_training",
+    "editors.contexts editors.patch editors.descent editors.replay editors.hypernet editors.keep editors.least_squares",
+    "editors.binding editors.alternative editors.hypernet_training",
     "editors.keys_values editors.least_change editors.odds editors.own_words",
     "editors.disk_names editors.edit_file editors.edit_record editors.model_card",
     "editors.adapters",
@@ -50,7 +50,7 @@ FLOORS: tuple[str, ...] = (
 
 HOOKS = {"memloc/hooks.py"}
 WRITERS = {
-    "editors/edit.py", "editors/descent.py", "editors/trained_masks.py", "memloc/architectures.py",
+    "editors/edit.py", "editors/descent.py", "editors/hypernet.py", "editors/trained_masks.py", "memloc/architectures.py",
     "memloc/truth/planted.py", "memloc/truth/injection.py", "memloc/lab",
 }  # fmt: skip
 """Who may write a weight: the edit, which alone writes into a model it was given; the one line it writes through; and
