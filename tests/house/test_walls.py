@@ -51,7 +51,8 @@ FLOORS: tuple[str, ...] = (
 HOOKS = {"memloc/hooks.py"}
 WRITERS = {
     "editors/edit.py", "editors/descent.py", "editors/hypernet.py",
-    "editors/trained_masks.py", "memloc/architectures.py", "memloc/truth/planted.py", "memloc/truth/injection.py", "memloc/lab",
+    "editors/trained_masks.py", "memloc/architectures.py", "memloc/truth/planted.py",
+    "memloc/truth/injection.py", "memloc/lab",
 }  # fmt: skip
 """Who may write a weight: the edit, which alone writes into a model it was given; the one line it writes through; and
 those that write into models of their own (descent, masks trained on a copy, planting and injecting into a copy, the lab
