@@ -64,7 +64,7 @@ class Case:
 QUICK = {"steps": 3, "lr": 1e-2, "replay": 8, "keep_rows": 2}
 
 DEFAULTS: Mapping[str, Case] = {
-    "forget-passage": Case(ForgetPassage(rounds=2, tries=2, replay=8, kinds="mlp.out", protect=4)),
+    "forget-passage": Case(ForgetPassage(rounds=2, tries=3, replay=8, kinds="mlp.out", protect=4)),
     "knowledge-neuron-surgery": Case(KnowledgeNeuronSurgery(), ("facts",), grain="neuron"),
     "mend": Case(lambda view, folder: trained_mend(view, folder), ("facts",)),
     "ultraedit": Case(UltraEdit(lr=1e-2), ("facts",)),
