@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from editors.methods import EDITORS
 from editors.verbs import editability, export, sweep, verify
+from editors.verbs import export, train_mend
 from editors.verbs.export import print_written
 from memloc import cli as looking
 from memloc import command, processes
@@ -203,6 +204,7 @@ def verbs() -> tuple[Verb, ...]:
         Verb("list", "every localizer, editor and measure", _list_flags, _list),
         *looks,
         Verb("edit", "compute an edit; no checkpoint is written", _edit_flags, _edit, EDITORS),
+        Verb("train-mend", "train the network that `memloc edit mend` needs", train_mend.flags, train_mend.run),
         Verb("apply", "write a checkpoint folder with an edit in it", _apply_flags, _apply),
         Verb("undo", "write the checkpoint folder as it was before an edit", _apply_flags, _undo),
         Verb(
