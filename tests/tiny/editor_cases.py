@@ -101,7 +101,6 @@ DEFAULTS: Mapping[str, Case] = {
     "fuse": Case(lambda view, folder: Fuse(others=(other(view, folder),)), (), hooks=False),
     "layer-rewind": Case(lambda view, folder: LayerRewind(earlier=other(view, folder)), (), hooks=False),
     "layernorm-removal": Case(LayernormRemoval(), (), hooks=False, refuses={"olmo": "no gains or biases"}),
-    "forget-passage": Case(ForgetPassage(rounds=2, tries=2, replay=8, kinds="mlp.out", protect=4)),
     "forget-passage": Case(ForgetPassage(rounds=2, tries=3, replay=8, kinds="mlp.out", protect=4)),
     "knowledge-neuron-surgery": Case(KnowledgeNeuronSurgery(), ("facts",), grain="neuron"),
     "mend": Case(lambda view, folder: trained_mend(view, folder), ("facts",)),
