@@ -4,9 +4,10 @@
 
 Edits: the demo's unlearning (sparse fine-tuning of a fifth of the weights); the 3 % of neurons that integrated
 gradients blame, silenced; every map in the blocks put back to a snapshot; or, by its name, any editor that forgets
-passages as it comes (those that tune weights on the demo's fifth of them; forget-passage chooses for itself). Each beside a random edit of equal size and
-one in the largest weights. With --false-alarms, N times ten texts the lab never saw are taught to it and then really
-removed, by putting back the weights: a battery that calls one of those hidden cries wolf.
+passages as it comes (those that tune weights on the demo's fifth of them; forget-passage chooses for itself). Each
+beside a random edit of equal size and one in the largest weights. With --false-alarms, N times ten texts the lab never
+saw are taught to it and then really removed, by putting back the weights: a battery that calls one of those hidden
+cries wolf.
 
 Writes OUT/EDIT/report.html and prints Markdown tables. About a minute of one core an edit with the lab of size "demo".
 """
@@ -36,7 +37,6 @@ from memloc.provenance import Provenance
 from memloc.sites import Site
 from memloc.terminal import Terminal, progress_shown
 from memloc.view import ModelView
-
 
 ALONE = ("forget-passage", "rmu")
 """Editors that choose their places themselves."""
