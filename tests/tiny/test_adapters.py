@@ -12,9 +12,6 @@ import torch
 from safetensors.torch import load_file, save_file
 from zoo import CONFIGS, MIXTURES, VOCAB, build
 
-DENSE = tuple(family for family in CONFIGS if family not in MIXTURES)
-"""An expert's maps are adapted as parameters: tests/tiny/test_experts.py."""
-
 from editors.deltas import Dense, LowRank, Sparse
 from editors.disk.adapters import CONFIG, TENSORS
 from editors.edit import Edit
@@ -25,6 +22,8 @@ from memloc.provenance import Provenance
 from memloc.sites import OUTSIDE, Kind, Site
 from memloc.view import ModelView
 
+DENSE = tuple(family for family in CONFIGS if family not in MIXTURES)
+"""An expert's maps are adapted as parameters: tests/tiny/test_experts.py."""
 BY = Provenance("by hand", {"strength": 2})
 IDS = torch.randint(VOCAB, (2, 11), generator=torch.Generator().manual_seed(5))
 
