@@ -12,8 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from editors.methods import EDITORS
-from editors.verbs import editability, export, sweep, verify
-from editors.verbs import export, train_mend
+from editors.verbs import editability, export, sweep, train_mend, verify
 from editors.verbs.export import print_written
 from memloc import cli as looking
 from memloc import command, processes

@@ -8,9 +8,9 @@ import torch
 
 from editors.base import Request
 from editors.deltas import LowRank, add
-from editors.descent import working_copy
 from editors.edit import Edit
-from editors.hypernet import Trained, signal
+from editors.tuning.descent import working_copy
+from editors.tuning.hypernet import Trained, signal
 from memloc import progress
 from memloc.errors import InputError
 from memloc.provenance import Provenance, digest_tensor, settings_of

@@ -30,7 +30,7 @@ def flags(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace, terminal: Terminal) -> None:
     """Train, and say where the network is."""
-    from editors.hypernet_training import Training
+    from editors.tuning.hypernet_training import Training
     from memloc.passages import Facts
 
     view = open_view(arguments)

@@ -25,9 +25,9 @@ from typing import Any
 from editors.base import Request
 from editors.control import random_like
 from editors.edit import Edit
-from editors.hypernet_training import Training
 from editors.rewriters.mend import Mend
 from editors.rewriters.ultraedit import UltraEdit
+from editors.tuning.hypernet_training import Training
 from memloc.measures.facts import FactRecall, pooled
 from memloc.measures.perplexity import Perplexity
 from memloc.passages import Facts, Passages, read_jsonl

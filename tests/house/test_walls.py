@@ -37,12 +37,6 @@ FLOORS: tuple[str, ...] = (
     "editors.hook_form editors.patch",
     "editors.binding editors.disk",
     "editors.edit_file",
-    "editors editors.methods editors.deltas editors.rounding editors.packing editors.shards editors.masks",
-    "editors.contexts editors.patch editors.descent editors.replay editors.hypernet editors.keep editors.least_squares",
-    "editors.binding editors.alternative editors.hypernet_training",
-    "editors.keys_values editors.least_change editors.odds editors.own_words",
-    "editors.disk_names editors.edit_file editors.edit_record editors.model_card",
-    "editors.adapters",
     "editors.edit",
     "editors.checks editors.control editors.facts editors.shipping editors.trade_offs",
     "editors.tuning",
@@ -54,15 +48,13 @@ FLOORS: tuple[str, ...] = (
 
 HOOKS = {"memloc/hooks.py"}
 WRITERS = {
-    "editors/edit.py", "editors/tuning/descent.py", "editors/pruning/trained_masks.py",
+    "editors/edit.py", "editors/tuning/descent.py", "editors/tuning/hypernet.py", "editors/pruning/trained_masks.py",
     "editors/verification/quantised.py", "memloc/architectures.py", "memloc/truth/planted.py",
-    "editors/edit.py", "editors/descent.py", "editors/hypernet.py",
-    "editors/trained_masks.py", "memloc/architectures.py", "memloc/truth/planted.py",
     "memloc/truth/injection.py", "memloc/lab",
 }  # fmt: skip
 """Who may write a weight: the edit, which alone writes into a model it was given; the one line it writes through; and
-those that write into models of their own (descent, masks trained on a copy, rounding, planting and injecting into a
-copy, the lab into what it trains)."""
+those that write into models of their own (descent, a network of its own, masks trained on a copy, rounding, planting
+and injecting into a copy, the lab into what it trains)."""
 
 HANDLES = {"parameter", "weight", "get_parameter", "parameters", "named_parameters", "state_dict"}
 """Method calls that hand out a model's own tensors."""

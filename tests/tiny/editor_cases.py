@@ -16,7 +16,6 @@ import torch
 import zoo
 
 from editors.base import Request
-from editors.hypernet_training import Training
 from editors.methods import EDITORS
 from editors.pruners.balanced_subnet import BalancedSubnet
 from editors.pruners.curvature import Curvature
@@ -42,16 +41,15 @@ from editors.rewriters.gradient_ascent import GradientAscent
 from editors.rewriters.gradient_difference import GradientDifference
 from editors.rewriters.knowledge_neuron_surgery import KnowledgeNeuronSurgery
 from editors.rewriters.memit import Memit
+from editors.rewriters.mend import Mend
 from editors.rewriters.npo import Npo
 from editors.rewriters.rmu import Rmu
-from editors.rewriters.forget_passage import ForgetPassage
-from editors.rewriters.knowledge_neuron_surgery import KnowledgeNeuronSurgery
-from editors.rewriters.mend import Mend
 from editors.rewriters.rome import Rome
 from editors.rewriters.simnpo import Simnpo
 from editors.rewriters.sparse_fine_tune import SparseFineTune
 from editors.rewriters.task_vector import TaskVector
 from editors.rewriters.ultraedit import UltraEdit
+from editors.tuning.hypernet_training import Training
 from memloc.localizers.random import Random
 from memloc.passages import Fact, Facts, Prompt
 from memloc.view import ModelView
@@ -103,7 +101,6 @@ DEFAULTS: Mapping[str, Case] = {
     "fuse": Case(lambda view, folder: Fuse(others=(other(view, folder),)), (), hooks=False),
     "layer-rewind": Case(lambda view, folder: LayerRewind(earlier=other(view, folder)), (), hooks=False),
     "layernorm-removal": Case(LayernormRemoval(), (), hooks=False, refuses={"olmo": "no gains or biases"}),
-    "forget-passage": Case(ForgetPassage(rounds=2, tries=2, replay=8, kinds="mlp.out", protect=4)),
     "forget-passage": Case(ForgetPassage(rounds=2, tries=3, replay=8, kinds="mlp.out", protect=4)),
     "knowledge-neuron-surgery": Case(KnowledgeNeuronSurgery(), ("facts",), grain="neuron"),
     "mend": Case(lambda view, folder: trained_mend(view, folder), ("facts",)),

@@ -187,7 +187,8 @@ def test_every_method_passes_the_battery_in_unusual_families(name, family, view_
         if hasattr(method, "halvings"):
             # Where what is written is normed, paths bend sharply near 0, and halving them takes its time.
             method = dataclasses.replace(method, halvings=0, nodes=4)
-        check_localizer(method, view, zoo.passages(3), contrast=zoo.passages(2, seed=9))
+        # Of two passages, a spread may be of rounding alone: neurons of experts that few tokens are sent to.
+        check_localizer(method, view, zoo.passages(3), contrast=zoo.passages(6, seed=9))
 
 
 def test_what_is_refused_is_refused_where_values_do_not_reach_the_stream_only(view_of):

@@ -10,8 +10,8 @@ import zoo
 from torch.testing import assert_close
 
 from editors.base import Request
-from editors.odds import every_odds, log_odds, slopes
 from editors.rewriters.forget_passage import ForgetPassage
+from editors.tuning.odds import every_odds, log_odds, slopes
 from memloc.errors import InputError
 from memloc.localizers.random import Random
 from memloc.sites import Kind, Site

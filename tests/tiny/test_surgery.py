@@ -11,11 +11,11 @@ import zoo
 from torch.testing import assert_close
 
 from editors.base import Request
-from editors.hypernet import Hypernet, Signal, Trained, changed, signal
-from editors.hypernet_training import Training
 from editors.rewriters.knowledge_neuron_surgery import KnowledgeNeuronSurgery
 from editors.rewriters.mend import Mend
 from editors.rewriters.ultraedit import Running, UltraEdit, ridge_update
+from editors.tuning.hypernet import Hypernet, Signal, Trained, changed, signal
+from editors.tuning.hypernet_training import Training
 from memloc.batches import pad
 from memloc.errors import InputError, MismatchError
 from memloc.localizers.random import Random

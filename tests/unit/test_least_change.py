@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from editors.least_change import Metric, dual, gram
+from editors.tuning.least_change import Metric, dual, gram
 from memloc.errors import InputError
 
 

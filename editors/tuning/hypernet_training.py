@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from editors.descent import working_copy
-from editors.hypernet import Hypernet, Trained, answered, changed, signal
+from editors.tuning.descent import working_copy
+from editors.tuning.hypernet import Hypernet, Trained, answered, changed, signal
 from memloc import progress
 from memloc.batches import pad
 from memloc.errors import InputError, MismatchError
