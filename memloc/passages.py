@@ -30,6 +30,8 @@ class Passage:
         suffix: token ids, at least one.
         tags: whatever else the record carried (`dose`, `relation`, ...), JSON values.
         boundary_merged: the cut the caller asked for falls inside a token; that token went to the suffix.
+        after: token ids behind the suffix: the rest of a cloze sentence, and the token a tokenizer ends texts with.
+            Only models that read both ways read them.
     """
 
     id: str
@@ -37,6 +39,7 @@ class Passage:
     suffix: tuple[int, ...]
     tags: Mapping[str, Any] = field(default_factory=dict)
     boundary_merged: bool = False
+    after: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         if not self.prefix or not self.suffix:
@@ -95,7 +98,9 @@ class Passages(Sequence[Passage]):
     @cached_property
     def digest(self) -> str:
         """Digest of ids and tokens, in order; tags and origin do not count."""
-        return digest_json([[item.id, item.prefix, item.suffix] for item in self.items])
+        return digest_json([
+            [item.id, item.prefix, item.suffix, *([item.after] if item.after else ())] for item in self.items
+        ])
 
     def where(self, keep: Callable[[Passage], bool]) -> Passages:
         """Those for which `keep` holds."""
@@ -176,19 +181,25 @@ class Passages(Sequence[Passage]):
             raise InputError(f"{origin}: no text of two tokens or more")
         return cls(tuple(items), origin)
 
-    def check(self, vocab: int, context: int | None) -> None:
+    def check(self, vocab: int, context: int | None, *, behind: bool = False) -> None:
         """Refuse tokens outside the vocabulary and rows longer than the context.
+
+        Args:
+            vocab: how many tokens there are.
+            context: how many a row may have; None for any number.
+            behind: what stands behind the suffix is read too.
 
         Raises:
             InputError: names the passage.
         """
         for item in self.items:
-            worst = max(item.ids) if min(item.ids) >= 0 else min(item.ids)
+            ids = item.ids + item.after if behind else item.ids
+            worst = max(ids) if min(ids) >= 0 else min(ids)
             if not 0 <= worst < vocab:
                 raise InputError(f"passage {item.id!r}: token id {worst} outside the vocabulary of {vocab}")
-            if context is not None and len(item.ids) > context:
+            if context is not None and len(ids) > context:
                 raise InputError(
-                    f"passage {item.id!r}: {len(item.ids)} tokens, the model's context holds {context}; "
+                    f"passage {item.id!r}: {len(ids)} tokens, the model's context holds {context}; "
                     "shorten the prefix or the suffix"
                 )
 
