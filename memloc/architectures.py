@@ -103,8 +103,8 @@ class Row:
         norm_offset: what a norm's stored weight lacks to its gain (1 where it is stored as the gain less 1).
         added: kind (`attn.out`, `mlp.out`) to path, inside a block, of the norm its output passes before it is added
             to the stream; nothing where it is added as it is.
-        summed: kind (`attn.out`, `mlp.out`) to path, inside a block, of the norm that the sum of the stream and its output
-            passes to become the stream (post-LN); nothing where the sum is the stream.
+        summed: kind (`attn.out`, `mlp.out`) to path, inside a block, of the norm that the sum of the stream and the
+            map's output passes to become the stream (post-LN); nothing where the sum is the stream.
         inner: kind (`attn.q`, `attn.k`) to path, inside a block, of the norm its output passes, where models have one.
         position: path of the embedding of positions, where they have one.
         embed_norm: path of the norm behind the token embedding, where they have one.

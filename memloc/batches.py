@@ -44,10 +44,19 @@ class Batch:
         return len(self.rows)
 
     @property
+    def read(self) -> Tensor:
+        """[n] long, tokens of each row that are read: all but the padding."""
+        return self.length if self.after is None else self.length + self.after
+
+    @property
     def mask(self) -> Tensor:
         """[n, t] bool, True at real tokens."""
-        read = self.length if self.after is None else self.length + self.after
-        return torch.arange(self.ids.shape[1], device=self.ids.device) < read[:, None]
+        return torch.arange(self.ids.shape[1], device=self.ids.device) < self.read[:, None]
+
+    @property
+    def first(self) -> Tensor:
+        """[n] long, the place that says the first token of each suffix."""
+        return self.prefix - 1 if self.truth is None else self.prefix
 
     @property
     def suffix_mask(self) -> Tensor:
@@ -59,6 +68,13 @@ class Batch:
     def predicting(self) -> Tensor:
         """[n, t] bool, True at positions whose logits predict a token of the suffix."""
         return self.suffix_mask if self.truth is not None else self.suffix_mask.roll(-1, 1)
+
+    def part(self, places: Sequence[int]) -> Batch:
+        """Some of its rows, padded as before."""
+        chosen = list(places)
+        truth, after = (None if entry is None else entry[chosen] for entry in (self.truth, self.after))
+        rows = tuple(self.rows[place] for place in chosen)
+        return Batch(self.ids[chosen], self.length[chosen], self.prefix[chosen], rows, truth, after)
 
     def suffix_index(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Every suffix token as (row, column that predicts it, token id, step in its suffix), each [k]."""
@@ -86,8 +102,10 @@ def batches(
     for start in range(0, len(order), size):
         rows = order[start : start + size]
         chosen = [passages[row] for row in rows]
-        yield _cloze(chosen, rows, cloze, device) if cloze is not None else pad(
-            [item.ids for item in chosen], [len(item.prefix) for item in chosen], rows, device
+        yield (
+            _cloze(chosen, rows, cloze, device)
+            if cloze is not None
+            else pad([item.ids for item in chosen], [len(item.prefix) for item in chosen], rows, device)
         )
 
 

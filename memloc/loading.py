@@ -71,8 +71,12 @@ def language_model(config: Any) -> Any:
     Raises:
         ModelError: the model type has neither.
     """
-    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_MASKED_LM_MAPPING
-    from transformers import AutoModelForCausalLM, AutoModelForMaskedLM
+    from transformers import (
+        MODEL_FOR_CAUSAL_LM_MAPPING,
+        MODEL_FOR_MASKED_LM_MAPPING,
+        AutoModelForCausalLM,
+        AutoModelForMaskedLM,
+    )
 
     saved = (getattr(config, "architectures", None) or [""])[0]
     if type(config) in MODEL_FOR_MASKED_LM_MAPPING and (

@@ -72,6 +72,8 @@ def prove_row(view: ModelView) -> None:
         )
     if not view.row.causal:
         _prove_alone(view, batch)
+        with torch.no_grad():
+            _same("hidden", "the logits", view.unembed(view.hidden(batch)), logits, "the head's; check transform")
         _prove_both_ways(view, batch)
     with torch.no_grad():
         spoken = view.unembed(view.final_norm(after[view.layers - 1]))

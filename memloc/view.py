@@ -47,6 +47,11 @@ _INSIDE: Mapping[tuple[Kind, hooks.Side, bool], Inner] = {
 LEFT_TO_RIGHT = "this is for models that read from left to right only"
 
 
+def left_to_right(view: ModelView) -> str | None:
+    """Why a method that lives on causality has nothing to say of this model, or None: a method's `refuses`."""
+    return None if view.row.causal else f"{view.row.family} reads both ways, and the method is for models that read from left to right"
+
+
 class ModelView:
     """A model through its row. Build one with `ModelView.open`.
 
@@ -397,8 +402,8 @@ class ModelView:
     def logits_at(self, batch: Batch, rows: Tensor, columns: Tensor) -> Tensor:
         """Logits `[k, v]`, float32 (float64 stays), at the positions (rows[i], columns[i]) only."""
         if self.mask_token is not None and bool((batch.ids[rows, columns] != self.mask_token).any()):
-            raise ModelError(f"{self.row.family} says what stands where a mask token is, and was asked for what follows "
-                             f"others; {LEFT_TO_RIGHT}")  # fmt: skip
+            raise ModelError(f"{self.row.family} says what a mask token hides, and was asked for what follows others; "
+                             f"{LEFT_TO_RIGHT}")  # fmt: skip
         return self.unembed(self.hidden(batch)[rows, columns])
 
     @property
@@ -435,7 +440,7 @@ class ModelView:
         return normed
 
     def joined(self, site: Site, stream: Tensor, output: Tensor) -> Tensor:
-        """The stream behind map `site` (`attn.out`, `mlp.out`): with what it puts out added, and normed where that is."""
+        """The stream behind map `site` (`attn.out`, `mlp.out`): what it puts out added, the sum normed where it is."""
         total = stream + self.added(site, output)
         path = self.row.summed.get(site.kind)
         if path is None:
