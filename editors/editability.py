@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -70,7 +71,7 @@ class Prediction:
 
 
 def layer_scores(localization: Localization, facts: tuple[str, ...], layers: tuple[int, ...]) -> Table:
-    """Scores [facts, layers]: sums of absolute scores of a layer; of positions, the best token's.
+    """Scores [facts, layers]: of layers and components their sum, of positions the best token's, else absolute sums.
 
     Raises:
         InputError: no score per fact, or none of a layer.
@@ -83,7 +84,7 @@ def layer_scores(localization: Localization, facts: tuple[str, ...], layers: tup
     missing = [name for name in facts if name not in localization.passages]
     if missing:
         raise MismatchError(f"{localization.provenance.method} holds no fact {missing[0]!r}; localize with these facts")
-    found = _best_tokens(localization) if localization.grain == Grain.POSITION else by_layer(localization).scores
+    found = _layers(localization)
     rows = [localization.passages.index(name) for name in facts]
     columns = []
     for layer in layers:
@@ -94,13 +95,19 @@ def layer_scores(localization: Localization, facts: tuple[str, ...], layers: tup
     return torch.stack(columns, 1).numpy()
 
 
-def _best_tokens(localization: Localization) -> dict[Site, torch.Tensor]:
+def _layers(localization: Localization) -> Mapping[Site, torch.Tensor]:
+    """A score a fact and layer, at its MLP's output map."""
+    if localization.grain not in (Grain.POSITION, Grain.LAYER, Grain.COMPONENT):
+        return by_layer(localization).scores
+    positions = localization.grain == Grain.POSITION
     found: dict[Site, torch.Tensor] = {}
     for site, scores in localization.scores.items():
-        place = Site(site.layer, Kind.MLP_OUT)
-        if site.layer != OUTSIDE:
-            best = scores.amax(1)
-            found[place] = torch.maximum(found[place], best) if place in found else best
+        if site.layer == OUTSIDE:
+            continue
+        place, here = Site(site.layer, Kind.MLP_OUT), scores.amax(1) if positions else scores
+        if place in found:
+            here = torch.maximum(found[place], here) if positions else found[place] + here
+        found[place] = here
     return found
 
 

@@ -39,6 +39,37 @@ def read_at(
     return {site: torch.cat(parts) for site, parts in found.items()}
 
 
+@torch.no_grad()
+def read_blocks_at(view: ModelView, layer: int, rows: Sequence[Row], *, size: int = 64) -> Tensor:
+    """What block `layer` puts out at each row's token: `[n, d]`, float64 on the CPU."""
+    found = []
+    for start in range(0, len(rows), size):
+        part = rows[start : start + size]
+        batch = pad([row.ids for row in part], device=view.device)
+        at = torch.tensor([row.at for row in part], device=view.device)
+        with view.record_blocks([layer], stop=True) as seen:
+            view.hidden(batch)
+        found.append(seen[layer][torch.arange(len(part), device=at.device), at].to("cpu", torch.float64))
+    return torch.cat(found)
+
+
+@torch.no_grad()
+def chances(view: ModelView, demands: Sequence[Demand], *, size: int = 64) -> list[float]:
+    """Probability of each fact's whole target after its bare prompt."""
+    found: list[float] = []
+    for start in range(0, len(demands), size):
+        part = demands[start : start + size]
+        rows = [entry.prompts[0].ids + entry.target[:-1] for entry in part]
+        batch = pad(rows, device=view.device)
+        line = torch.tensor([index for index, entry in enumerate(part) for _ in entry.target], device=view.device)
+        column = [len(entry.prompts[0].ids) - 1 + step for entry in part for step in range(len(entry.target))]
+        token = torch.tensor([token for entry in part for token in entry.target], device=view.device)
+        logs = view.logits_at(batch, line, torch.tensor(column, device=view.device)).log_softmax(-1)
+        spoken = logs.gather(1, token[:, None])[:, 0]
+        found += torch.zeros(len(part), device=view.device).to(spoken).index_add(0, line, spoken).exp().tolist()
+    return found
+
+
 @dataclass(frozen=True, kw_only=True)
 class Descent:
     """How values are searched for.
@@ -120,7 +151,7 @@ def _search(view: ModelView, layer: int, demands: Sequence[Demand], scale: Tenso
     updates = torch.zeros(count, dtype=torch.long, device=device)
     active = torch.arange(count, device=device)
     with view.frozen():
-        stage = _Stage(view, layer, [demands[index] for index in active.tolist()])
+        stage = Stage(view, layer, [demands[index] for index in active.tolist()])
         for step in range(how.steps):
             mine = change[active].requires_grad_(True)
             terms = stage.terms(mine)
@@ -134,7 +165,7 @@ def _search(view: ModelView, layer: int, demands: Sequence[Demand], scale: Tenso
             (gradient,) = torch.autograd.grad(total[going].sum(), mine)
             chosen = active[going]
             updates[chosen] += 1
-            moved = change[chosen] - how.lr * _adam(moments, chosen, gradient[going], step + 1)
+            moved = change[chosen] - how.lr * adam(moments, chosen, gradient[going], step + 1)
             longest = how.clamp * norms[chosen]
             change[chosen] = moved * (longest / moved.norm(dim=1).clamp_min(1e-30)).clamp_max(1)[:, None]
             if len(going) < len(active):
@@ -144,7 +175,7 @@ def _search(view: ModelView, layer: int, demands: Sequence[Demand], scale: Tenso
     return Values(change.cpu(), loss.cpu(), updates.cpu(), before.cpu(), after.cpu())
 
 
-def _adam(moments: Tensor, rows: Tensor, gradient: Tensor, step: int) -> Tensor:
+def adam(moments: Tensor, rows: Tensor, gradient: Tensor, step: int) -> Tensor:
     """Adam's direction for `rows`; both moments are updated in place. Its usual constants."""
     first, second, tiny = 0.9, 0.999, 1e-8
     moments[0, rows] = first * moments[0, rows] + (1 - first) * gradient
@@ -154,31 +185,37 @@ def _adam(moments: Tensor, rows: Tensor, gradient: Tensor, step: int) -> Tensor:
 
 
 @dataclass
-class _Terms:
+class Terms:
+    """Of every fact: mean nats per token asked for, KL of its essence, probability after the bare prompt."""
+
     nll: Tensor
     kl: Tensor
     spoken: Tensor
 
 
-class _Stage:
+class Stage:
     """Rows of the facts at work, run up to the edited layer once."""
 
-    def __init__(self, view: ModelView, layer: int, demands: Sequence[Demand]) -> None:
+    def __init__(
+        self, view: ModelView, layer: int, demands: Sequence[Demand], changes: Sequence[int] | None = None
+    ) -> None:
+        """With which of the changes each row takes (those of `demands`, the essence last); by default its fact's."""
         self.view, self.layer, self.demands = view, layer, list(demands)
         rows = list(_rows(self.demands))
         batch = pad([ids for _, ids, _ in rows], device=view.device)
         with torch.no_grad(), view.record([Site(layer, Kind.MLP_OUT)], side="output") as seen:
             self.tail = view.tail(layer, batch)
-        self.fact = torch.tensor([fact for fact, _, _ in rows], device=view.device)
+        self.fact = torch.tensor(changes or [fact for fact, _, _ in rows], device=view.device)
         self.at = torch.tensor([at for _, _, at in rows], device=view.device)
         self.written = seen[Site(layer, Kind.MLP_OUT)][torch.arange(len(rows), device=view.device), self.at]
         self._score()
         with torch.no_grad():
-            self.clean = self._logs(torch.zeros(len(self.demands), view.width, device=view.device))[self.asked :]
+            none = torch.zeros(int(self.fact.max()) + 1, view.width, device=view.device)
+            self.clean = self._logs(none)[self.asked :]
 
-    def only(self, facts: Sequence[int]) -> _Stage:
+    def only(self, facts: Sequence[int]) -> Stage:
         """The same with fewer facts."""
-        return _Stage(self.view, self.layer, [self.demands[index] for index in facts])
+        return Stage(self.view, self.layer, [self.demands[index] for index in facts])
 
     def _score(self) -> None:
         """Which positions are unembedded: of every prompt those that predict the target, then one of each essence."""
@@ -205,17 +242,21 @@ class _Stage:
         self.owner, self.bare = torch.tensor(fact, device=device), torch.tensor(bare, device=device)
         self.kept = torch.tensor([entry[0] for entry in essence], dtype=torch.long, device=device)
 
-    def terms(self, change: Tensor) -> _Terms:
+    def terms(self, change: Tensor) -> Terms:
         """The loss terms of every fact with `change` [n, d], differentiable."""
-        logs = self._logs(change)
-        spoken = logs[: self.asked].gather(1, self.token[:, None])[:, 0]
-        zero = logs.new_zeros(len(self.demands))
-        nll = -zero.index_add(0, self.owner, spoken * self.share.to(logs))
+        spoken, now = self.spoken(change)
+        zero = spoken.new_zeros(len(self.demands))
+        nll = -zero.index_add(0, self.owner, spoken * self.share.to(spoken))
         said = zero.index_add(0, self.owner[self.bare], spoken.detach()[self.bare]).exp()
+        kl = zero.index_add(0, self.kept, now)
+        return Terms(nll.float(), kl.float(), said.float())
+
+    def spoken(self, change: Tensor) -> tuple[Tensor, Tensor]:
+        """Log-probability of every token asked for, and KL(changed || clean) of every essence."""
+        logs = self._logs(change)
         now = logs[self.asked :]
-        divergence = (now.exp() * (now - self.clean)).sum(1)
-        kl = zero.index_add(0, self.kept, divergence)
-        return _Terms(nll.float(), kl.float(), said.float())
+        said = logs[: self.asked].gather(1, self.token[:, None])[:, 0]
+        return said, (now.exp() * (now - self.clean)).sum(1)
 
     def _logs(self, change: Tensor) -> Tensor:
         """Log-probabilities at the scored positions, `[k, v]`."""

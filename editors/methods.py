@@ -7,10 +7,12 @@ from memloc.registry import Registry
 EDITORS = Registry(
     "editor",
     {
+        "alphaedit": "editors.rewriters.alphaedit:AlphaEdit",
         "balanced-subnet": "editors.pruners.balanced_subnet:BalancedSubnet",
         "constrained-fine-tune": "editors.rewriters.constrained_fine_tune:ConstrainedFineTune",
         "curvature": "editors.pruners.curvature:Curvature",
         "durable": "editors.pruners.durable:Durable",
+        "emmet": "editors.rewriters.emmet:Emmet",
         "fine-tune": "editors.rewriters.fine_tune:FineTune",
         "forget-passage": "editors.rewriters.forget_passage:ForgetPassage",
         "fuse": "editors.rewriters.fuse:Fuse",
@@ -22,6 +24,7 @@ EDITORS = Registry(
         "layer-rewind": "editors.pruners.layer_rewind:LayerRewind",
         "layernorm-removal": "editors.pruners.layernorm_removal:LayernormRemoval",
         "magnitude": "editors.pruners.magnitude:Magnitude",
+        "memit": "editors.rewriters.memit:Memit",
         "neuron-dropout": "editors.pruners.neuron_dropout:NeuronDropout",
         "npo": "editors.rewriters.npo:Npo",
         "obs": "editors.pruners.obs:Obs",

@@ -50,7 +50,7 @@ def namesakes(
         return ()
     start, end = prompt.subject
     head, subject, tail = prompt.ids[:start], prompt.ids[start:end], prompt.ids[end:]
-    starts: list[tuple[int, ...]] = [(*head, kin) for kin in _kin(view, subject[0])] * -(-count // KIN)
+    starts: list[tuple[int, ...]] = [(*head, kin) for kin in kin(view, subject[0])] * -(-count // KIN)
     length = min(end + SLACK, (view.context or end + SLACK + len(tail)) - len(tail))
     made = sample(view, starts, length, generator, top_k=top_k)
     if head:
@@ -119,7 +119,74 @@ def recalls(
     return tuple(Prompt(ids, (0, len(start)), decode(view.tokenizer, ids)) for ids in ranked)
 
 
-def _kin(view: ModelView, token: int) -> list[int]:
+@torch.no_grad()
+def shared_ways(
+    view: ModelView,
+    facts: Sequence[Fact],
+    ways: Sequence[Sequence[Prompt]],
+    count: int,
+    *,
+    least: float = 0.5,
+    most: int = 48,
+) -> list[tuple[Prompt, ...]]:
+    """For each fact at most `count` prompts: its own ways, then those of the others with its subject put in.
+
+    A phrasing found for one subject is a way to another's fact where the model gives that one's present answer after
+    it with probability `least` or more, whatever it was trained on.
+
+    Args:
+        view: the model.
+        facts: the batch; their prompts are phrasings too.
+        ways: what `recalls` found for each.
+        count: how many are wanted for each.
+        least: the probability.
+        most: so many phrasings are tried, the commonest first.
+
+    Cost: a forward of `most` rows for each fact.
+    """
+    frames: dict[tuple[tuple[int, ...], tuple[int, ...]], int] = {}
+    for fact, mine in zip(facts, ways, strict=True):
+        for prompt in (fact.prompt, *mine):
+            if prompt.subject is not None:
+                start, end = prompt.subject
+                frame = prompt.ids[:start], prompt.ids[end:]
+                frames[frame] = frames.get(frame, 0) + 1
+    common = sorted(frames, key=lambda frame: (-frames[frame], frame))[:most]
+    return [_ways_of(view, fact, mine, common, count, least) for fact, mine in zip(facts, ways, strict=True)]
+
+
+def _ways_of(
+    view: ModelView,
+    fact: Fact,
+    mine: Sequence[Prompt],
+    frames: Sequence[tuple[tuple[int, ...], tuple[int, ...]]],
+    count: int,
+    least: float,
+) -> tuple[Prompt, ...]:
+    if fact.prompt.subject is None or not count:
+        return tuple(mine[:count])
+    known = {prompt.ids for prompt in (fact.prompt, *mine)}
+    # A subject is spelled in other tokens at the start of a text than behind a word.
+    spelled = {bool(prompt.subject[0]): prompt.ids[slice(*prompt.subject)]
+               for prompt in (*mine, fact.prompt) if prompt.subject is not None}  # fmt: skip
+    tried = []
+    for head, tail in frames:
+        subject = spelled.get(bool(head))
+        ids = head + subject + tail if subject else ()
+        if tail and ids and ids not in known and len(ids) <= (view.context or len(ids)):
+            tried.append(Prompt(ids, (len(head), len(head) + len(subject or ())), decode(view.tokenizer, ids)))
+    if not tried:
+        return tuple(mine[:count])
+    batch = pad([prompt.ids for prompt in tried], device=view.device)
+    last = view.logits_at(batch, torch.arange(len(tried), device=view.device), batch.length - 1)
+    sure = last.softmax(-1)[:, fact.target_true[0]].tolist()
+    found = [(chance, prompt) for chance, prompt in zip(sure, tried, strict=True) if chance >= least]
+    ranked = sorted(found, key=lambda entry: (-entry[0], entry[1].ids))
+    return (*mine, *(prompt for _, prompt in ranked))[:count]
+
+
+def kin(view: ModelView, token: int) -> list[int]:
+    """First tokens that a subject may have instead of `token`: those nearest in the embedding."""
     table = view.weight(Site(OUTSIDE, Kind.EMBED)).detach()
     alike = (table @ table[token]).float() / table.norm(dim=1).float().clamp_min(1e-12)
     return [int(kin) for kin in alike.topk(min(KIN, len(alike))).indices]

@@ -173,6 +173,7 @@ def pruning(
     *,
     deltas: Mapping[Site, Delta] | None = None,
     notes: Mapping[str, Any] | None = None,
+    counted: bool = True,
 ) -> Edit:
     """The edit that prunes `masks`.
 
@@ -184,17 +185,20 @@ def pruning(
         request: what it was asked.
         deltas: where more than the pruned weights change.
         notes: beside the counts.
+        counted: whether `masks` become zero; where they are only what changes, nothing is counted as pruned.
     """
     inputs = {**request.inputs(view), "masks": digest(masks)}
     if request.selection is not None:
         inputs["selection"] = digest(weight_masks(view, request.selection))
     dead = sum(int((view.weight(site).detach().cpu()[mask] == 0).sum()) for site, mask in masks.items())
-    counts = {
+    counts: dict[str, Any] = {
         "pruned": sum(int(mask.sum()) for mask in masks.values()),
         "zero before": dead,
         "share of the model": share(view, masks),
         "by site": {str(site): int(mask.sum()) for site, mask in sorted(masks.items())},
     }
+    if not counted:
+        counts = {}
     provenance = Provenance(method, settings, request.seed, inputs)
     return Edit.of(
         view, zeroed(view, masks) if deltas is None else deltas, provenance, notes={**counts, **(notes or {})}

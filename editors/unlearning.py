@@ -37,6 +37,11 @@ PUBLISHED: dict[str, Any] = {
 AdamW is left out, for it moves every weight whatever the loss says."""
 
 
+SLACK = 0.05
+"""How far into the band a target is taken before it leaves the loss, as a share of the band's upper end: what is kept
+pulls it back a little, and it should not end outside."""
+
+
 class Rows(NamedTuple):
     """A batch of targets as the edited model speaks them.
 
@@ -65,8 +70,8 @@ class Descending:
         steps: at most that many.
         lr: step size, in units of a weight.
         target_rows: targets in a step.
-        stop: "band": a target whose mean log p per token has fallen to the floor leaves the loss until it comes back,
-            and the run ends once all have left it and the kept rows are close; "steps": take all steps, as published.
+        stop: "band": a target whose mean log p per token is well below the floor leaves the loss until back, and
+            the run ends once all are at or below it and the kept rows are close; "steps": take all steps, as published.
         floor: nats per token; by default four fifths of the model's own mean on `text`, or -4 without text.
         close: of the keep term, mean over `patience` steps, for the run to end.
         patience: steps in a row for which all must be well (never fewer than a round of the targets).
@@ -210,13 +215,13 @@ class Unlearn:
         """The forget term over the targets of `rows` that are still in the loss, and the keep term."""
         logs = suffix_logprobs(self.view, batch)
         counted = counted_of(batch, logs)
-        waiting = row_mean(logs.detach(), counted) > self.band.upper
-        asked = waiting if self.method.stop == "band" else torch.ones_like(waiting)
+        mean, upper = row_mean(logs.detach(), counted), self.band.upper
+        asked = mean > upper - SLACK * abs(upper) if self.method.stop == "band" else torch.ones_like(mean).bool()
         found = self.objective(Rows(logs, counted, self.reference[rows].to(logs), self.band.upper))
         # Where, not a product: a row that has left the loss may be infinite.
         loss = torch.where(asked, found, found.new_zeros(())).sum() / len(rows)
         weight = self.method.forget_weight if isinstance(self.method, Unlearning) else 1.0
-        return Losses(weight * loss, self._kept(step), not bool(waiting.any()))
+        return Losses(weight * loss, self._kept(step), bool((mean <= upper).all()))
 
     def _kept(self, step: int) -> Tensor | None:
         if self.keep is None:

@@ -394,6 +394,7 @@ ROWS: tuple[Row, ...] = (
         maps=_split("self_attn", "o_proj", _LLAMA_MLP),
         final_norm="model.norm",
         embed="model.embed_tokens",
+        inner=_INNER,
         norms=_normed("input_layernorm", "post_attention_layernorm") | {Kind.MLP_ROUTER: "post_attention_layernorm"},
         experts=Experts(),
     ),

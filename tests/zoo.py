@@ -126,8 +126,9 @@ MASKED: dict[str, tuple[type, dict[str, Any]]] = {
 
 FAMILIES = ("gpt2", "gpt_neo", "gpt_neox", "llama", "mistral", "qwen2", "qwen3")
 """Those that every test runs on."""
-MIXTURES = ("mixtral", "qwen3_moe")
-UNUSUAL = ("gemma2", "falcon_new", "opt", *MIXTURES)
+MIXTURES = ("mixtral", "qwen3_moe", "olmoe")
+"""Mixtures of experts."""
+UNUSUAL = ("gemma2", "falcon_new", "opt", *MIXTURES[:2])
 """Held to the whole battery for their traits: norms behind what is written, soft caps and scaled embeddings; parallel
 blocks of two norms with grouped heads in one matrix; maps that are handed their tokens flat; mixtures of experts."""
 OTHERS = tuple(family for family in CONFIGS if family not in FAMILIES + UNUSUAL)

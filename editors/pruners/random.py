@@ -40,6 +40,11 @@ class Random:
     def __post_init__(self) -> None:
         check_budget(1.0 if self.share is None else self.share, self.kinds)
 
+    @property
+    def settings_suffice(self) -> bool:
+        """Whether the settings alone say what to prune."""
+        return self.share is not None
+
     def __call__(self, view: ModelView, request: Request) -> Edit:
         """The edit; the view's model is untouched.
 

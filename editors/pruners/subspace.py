@@ -110,8 +110,8 @@ class Subspace:
             whole = bool((mask == chosen).all())
             deltas[site] = change if whole else Sparse.of(change.dense(), mask)
             ratios[str(site)] = mixing.ratios
-        notes = {"ratios": ratios}
-        return pruning(view, where, "subspace", settings_of(self), request, deltas=deltas, notes=notes)
+        more: dict[str, Any] = {"deltas": deltas, "notes": {"ratios": ratios}, "counted": False}
+        return pruning(view, where, "subspace", settings_of(self), request, **more)
 
 
 @dataclass(frozen=True)

@@ -65,5 +65,5 @@ class Npo(Unlearning):
         return unlearn(self, "npo", view, request, self._objective)
 
     def _objective(self, rows: Rows) -> Tensor:
-        length = rows.counted.sum(1) if self.per_token else torch.ones_like(rows.reference)
+        length = rows.counted.sum(1).to(rows.logs) if self.per_token else torch.ones_like(rows.reference)
         return npo(rows.logs, rows.counted, rows.reference, beta=self.beta / length) / length

@@ -61,6 +61,7 @@ class Finding:
         n, controls: targets and never-seen texts asked.
         recited: targets written whole in some way, and controls, and targets before the edit; None where the probe
             writes nothing.
+        taught: the texts themselves were taught, so that writing them proves nothing.
         figures: means of targets, controls, and both before the edit, by way.
         notes: what else the probe saw.
     """
@@ -76,6 +77,7 @@ class Finding:
     n: int
     controls: int
     recited: tuple[int, int, int] | None = None
+    taught: bool = False
     figures: Mapping[str, Any] = field(default_factory=dict)
     notes: Mapping[str, Any] = field(default_factory=dict)
 
@@ -138,7 +140,7 @@ def judged(
         word = _directly(word, left, proof, below)
     return Finding(
         check=check, title=title, tried=tried, verdict=word, meaning=_meaning(word, left, recited, way, n, m, taught),
-        left=left, way=way, p=p, n=n, controls=m, recited=recited, figures=figures(after, before),
+        left=left, way=way, p=p, n=n, controls=m, recited=recited, taught=taught, figures=figures(after, before),
         notes={**after.notes, "auc": auc(after.targets.score[:, column], after.controls.score[:, column]),
                "auc before": auc(before.targets.score[:, scale], before.controls.score[:, scale])},
     )  # fmt: skip

@@ -32,15 +32,10 @@ def magnitude_like(edit: Edit, view: ModelView) -> Edit:
     """
     deltas: dict[Site, Delta] = {}
     for site, delta in edit.deltas.items():
-        weight = _stored(view, site).detach().float().cpu()
-        deltas[site] = _shrunk(delta, weight)
+        deltas[site] = _shrunk(delta, view.weight(site).detach().float().cpu())
     settings: dict[str, Any] = {**edit.provenance.settings, "control_of": edit.provenance.method}
     provenance = replace(edit.provenance, method="magnitude", settings=settings)
     return Edit.of(view, deltas, provenance, rounding=edit.rounding, rounding_seed=edit.rounding_seed)
-
-
-def _stored(view: ModelView, site: Site) -> Tensor:
-    return view.weight(site)
 
 
 def _shrunk(delta: Delta, weight: Tensor) -> Delta:
@@ -60,11 +55,14 @@ def _shrunk(delta: Delta, weight: Tensor) -> Delta:
 def _leading(weight: Tensor, rank: int, rounds: int = 12) -> tuple[Tensor, Tensor]:
     """Factors [out, r] and [r, in] of the weight's part in its r largest singular directions."""
     generator = torch.Generator().manual_seed(0)
-    wide = weight.double()
-    basis = torch.linalg.qr(torch.randn(wide.shape[1], rank, generator=generator, dtype=torch.float64)).Q
+    wide, width = weight.double(), min(*weight.shape, rank + 8)
+    basis = torch.linalg.qr(torch.randn(wide.shape[1], width, generator=generator, dtype=torch.float64)).Q
     for _ in range(rounds):
         basis = torch.linalg.qr(wide.T @ (wide @ basis)).Q
-    return (wide @ basis).float(), basis.T.float().contiguous()
+    # Within the subspace found, the directions in order of their values.
+    left, values, right = torch.linalg.svd(wide @ basis, full_matrices=False)
+    directions = right[:rank] @ basis.T
+    return (left[:, :rank] * values[:rank]).float(), directions.float().contiguous()
 
 
 def _size(values: Tensor) -> float:

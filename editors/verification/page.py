@@ -79,7 +79,7 @@ def _check(entry: Finding) -> tuple[Entry, ...]:
     scores = [_score(entry.figures[name], column) for name in ("targets", "never seen", "targets before")]
     return (
         Entry(text=entry.title, below=_way(entry), kind="text"),
-        Entry(text=entry.verdict, kind="text", tone=_TONES.get(entry.verdict, "bad")),
+        Entry(text=entry.verdict, tone=_TONES.get(entry.verdict, "bad")),
         _left(entry),
         *scores,
         _whole(entry),
@@ -125,7 +125,7 @@ def _lost(found: Verification) -> list[Sheet]:
         rows = tuple(
             (
                 Entry(text=damage.group, below=damage.meaning, kind="text"),
-                Entry(text=damage.verdict, kind="text", tone=_TONES.get(damage.verdict, "bad")),
+                Entry(text=damage.verdict, tone=_TONES.get(damage.verdict, "bad")),
                 *(_loss(value) for value in (damage.loss, damage.random, damage.magnitude)),
                 Entry(text=str(damage.n)),
             )

@@ -73,24 +73,32 @@ class Verification:
     @property
     def sentence(self) -> str:
         """The result in three sentences or fewer, with no more said than was tested."""
-        made, alarms = len(self.findings), [f for f in self.findings if f.verdict in ("hidden", "not removed")]
-        blind = sum(finding.verdict == "cannot tell" for finding in self.findings)
-        worst = ", ".join(finding.title.lower() for finding in sorted(alarms, key=_severity)[:3])
-        said = {
-            "gone": f"None of {made} checks found a trace of the targets: gone, as far as these checks can see"
-            + (f" ({blind} of them cannot tell)." if blind else "."),
-            "cannot tell": f"{blind} of {made} checks cannot tell whether the targets are gone; none found a trace.",
-            "over-forgotten": "The targets are less likely than texts never seen: over-forgotten, which itself gives "
-            "away that something was taken out.",
-            "hidden": f"Hidden, not gone: {len(alarms)} of {made} checks bring the targets back ({worst}).",
-            "not removed": f"Not removed: the plain question brings the targets back, and {len(alarms)} of {made} "
-            "checks do.",
-        }[self.verdict]
         hurt = [damage.group for damage in self.damages if damage.verdict in ("damaged", "broken")]
         kept = "Nothing measured that should stay was damaged." if self.damages else "Nothing else was measured."
         if hurt:
             kept = f"{'Broken' if self.harm == 'broken' else 'Damaged'}: {', '.join(hurt)}."
-        return f"{said} {kept}"
+        return f"{self._memory()} {kept}"
+
+    def _memory(self) -> str:
+        """What became of the targets, in one sentence."""
+        made, alarms = len(self.findings), [f for f in self.findings if f.verdict in ("hidden", "not removed")]
+        blind = sum(finding.verdict == "cannot tell" for finding in self.findings)
+        if self.verdict == "gone":
+            rest = f" ({blind} of them cannot tell)" if blind else ""
+            return f"None of {made} checks found a trace of the targets: gone, as far as these checks can see{rest}."
+        if self.verdict == "cannot tell":
+            return f"{blind} of {made} checks cannot tell whether the targets are gone; none found a trace."
+        if self.verdict == "over-forgotten":
+            return ("The targets are less likely than texts never seen: over-forgotten, which itself gives away that "
+                    "something was taken out.")  # fmt: skip
+        if self.verdict == "not removed":
+            return (f"Not removed: the plain question finds the targets still there; in all, {len(alarms)} of {made} "
+                    "checks do.")  # fmt: skip
+        whole = sum(bool(f.recited and f.recited[0]) and not f.taught for f in alarms)
+        worst = ", ".join(finding.title.lower() for finding in sorted(alarms, key=_severity)[:3])
+        said = f"{whole} of them bring" if whole > 1 else f"{'one' if whole else 'none'} of them brings"
+        return (f"Hidden, not gone: {len(alarms)} of {made} checks find the targets still there (most in: {worst}); "
+                f"{said} one out word for word without teaching it.")  # fmt: skip
 
     def to_json(self) -> dict[str, Any]:
         """As strict JSON values."""

@@ -27,6 +27,12 @@ BASES = ("transformer", "model", "gpt_neox", "backbone")
 ALIASES = {"lm_head.weight": "embed_out.weight", "embed_out.weight": "lm_head.weight"}
 """Parameters whose name on disk is another (GPT-NeoX)."""
 
+STACKS = {
+    "gate_up_proj": (("gate_proj", "up_proj"), ("w1", "w3")),
+    "down_proj": (("down_proj",), ("w2",)),
+}
+"""Parameters that hold all experts' maps, and what is stored of each expert in their stead: one above the other."""
+
 
 @dataclass(frozen=True)
 class Snapshot:
@@ -74,6 +80,7 @@ class Snapshot:
             return parameter
         known = {f"{base}.{parameter}" for base in BASES} | {ALIASES.get(parameter, "")}
         known |= {parameter.removeprefix(f"{base}.") for base in BASES}
+        known |= {parameter.replace(".mlp.", ".block_sparse_moe.")}  # Mixtral's router
         found = sorted(known & self.files.keys())
         if len(found) == 1:
             return found[0]
@@ -84,6 +91,10 @@ class Snapshot:
         """Shape of a live model's parameter as it is stored here, from the header alone."""
         from safetensors import safe_open
 
+        stack = self._stack(parameter)
+        if stack:
+            shapes = [self.shape(name) for name in stack[0]]
+            return (len(stack), sum(shape[0] for shape in shapes), *shapes[0][1:])
         stored = self.resolve(parameter)
         with safe_open(str(self.folder / self.files[stored]), framework="pt") as file:
             return tuple(file.get_slice(stored).get_shape())
@@ -96,6 +107,14 @@ class Snapshot:
         """
         from safetensors import SafetensorError, safe_open
 
+        stack = self._stack(parameter)
+        if stack:
+            import torch
+
+            try:
+                return torch.stack([torch.cat([self.tensor(name) for name in names]) for names in stack])
+            except RuntimeError as error:
+                raise CheckpointError(f"{self.folder}: the experts of {parameter} are of several shapes") from error
         stored = self.resolve(parameter)
         path = self.folder / self.files[stored]
         try:
@@ -104,6 +123,20 @@ class Snapshot:
                 return found
         except (SafetensorError, OSError) as error:
             raise CheckpointError(f"{path} cannot be read: {error}") from error
+
+    def _stack(self, parameter: str) -> tuple[tuple[str, ...], ...]:
+        """Of a parameter that is stored expert by expert, the names of each one's matrices; else nothing."""
+        start, _, last = parameter.rpartition(".")
+        if parameter in self.files or not start.endswith(".experts"):
+            return ()
+        for names in STACKS.get(last, ()):
+            for place in (start, start.replace(".mlp.", ".block_sparse_moe.")):
+                found = []
+                while all(f"{place}.{len(found)}.{name}.weight" in self.files for name in names):
+                    found.append(tuple(f"{place}.{len(found)}.{name}.weight" for name in names))
+                if found:
+                    return tuple(found)
+        return ()
 
 
 def series(earlier: str | Path) -> tuple[Snapshot, ...]:

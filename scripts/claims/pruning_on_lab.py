@@ -45,7 +45,7 @@ from memloc.sites import Grain, Site
 from memloc.view import ModelView
 
 SHARES = (0.01, 0.05, 0.2)
-RANKS = (1, 4, 16)
+RANKS = (1, 2, 4, 16)
 HEADS = (1, 2, 4)
 RANDOM_SEEDS = (0, 1, 2)
 

@@ -18,9 +18,7 @@ from memloc.registry import Registry
 ROOT = Path(__file__).parents[2]
 
 FLOORS: tuple[str, ...] = (
-    "memloc.errors memloc.experts memloc.lazy memloc.progress memloc.slices memloc.statistics",
-    "memloc memloc.flags memloc.hooks memloc.loading memloc.processes memloc.provenance memloc.registry",
-    "memloc.errors memloc.lazy memloc.offloading memloc.progress memloc.slices memloc.statistics",
+    "memloc.errors memloc.experts memloc.lazy memloc.offloading memloc.progress memloc.slices memloc.statistics",
     "memloc memloc.flags memloc.hooks memloc.loading memloc.processes memloc.provenance memloc.registry "
     "memloc.sites memloc.store memloc.terminal",
     "memloc.architectures memloc.measurement memloc.methods memloc.passages memloc.scores",
@@ -35,26 +33,22 @@ FLOORS: tuple[str, ...] = (
     "memloc.grids memloc.localizers memloc.truth",
     "memloc.checks memloc.verbs",
     "memloc.cli",
-    "editors editors.methods editors.deltas editors.rounding editors.packing editors.shards editors.masks",
-    "editors.contexts editors.patch editors.descent editors.replay editors.keep editors.least_squares",
-    "editors.binding editors.alternative editors.keys_values editors.own_words",
-    "editors.disk_names editors.edit_file editors.edit_record editors.model_card",
-    "editors.stored_matrix",
-    "editors.adapters",
-    "editors editors.activity editors.alternative editors.ball editors.base editors.contexts "
+    "editors editors.activity editors.alternative editors.ball editors.base editors.conflicts editors.contexts "
     "editors.curvature_pairs editors.deltas editors.keep editors.masks editors.methods editors.model_card "
-    "editors.odds editors.packing editors.replay editors.rounding editors.shards editors.trial "
+    "editors.odds editors.packing editors.published editors.replay editors.rounding editors.shards editors.trial "
     "editors.unlearning_losses",
-    "editors.descent editors.disk_names editors.fisher_blocks editors.hook_form editors.keeping "
-    "editors.keys_values editors.layer_choice editors.least_change editors.least_squares "
+    "editors.closed_forms editors.descent editors.disk_names editors.fisher_blocks editors.hook_form "
+    "editors.keeping editors.keys_values editors.layer_choice editors.least_change editors.least_squares "
     "editors.other_checkpoints editors.own_words editors.patch editors.silencing editors.spectra",
-    "editors.binding editors.edit_record editors.editability editors.training",
+    "editors.binding editors.edit_record editors.editability editors.joint_values editors.stored_matrix "
+    "editors.training",
     "editors.adapters editors.band editors.edit_file editors.teaching",
     "editors.edit",
-    "editors.checkpoint editors.checks editors.control editors.prunings editors.shared_subspace "
-    "editors.trade_offs editors.unlearning",
-    "editors.export editors.rewriters editors.trained_masks editors.verification",
-    "editors.demo editors.pruners editors.verbs",
+    "editors.checkpoint editors.checks editors.control editors.growth editors.protected editors.prunings "
+    "editors.shared_subspace editors.trade_offs editors.unlearning",
+    "editors.batch_edit editors.export editors.trained_masks editors.verification",
+    "editors.pruners editors.rewriters editors.verbs",
+    "editors.demo",
     "editors.cli",
 )
 """Lowest first. A package stands for all its files. A file imports from floors below its own, or its own package."""

@@ -31,13 +31,16 @@ from editors.pruners.random import Random as RandomPruning
 from editors.pruners.subnet import Subnet
 from editors.pruners.subspace import Subspace
 from editors.pruners.svd import Svd
+from editors.rewriters.alphaedit import AlphaEdit
 from editors.rewriters.constrained_fine_tune import ConstrainedFineTune
+from editors.rewriters.emmet import Emmet
 from editors.rewriters.fine_tune import FineTune
 from editors.rewriters.forget_passage import ForgetPassage
 from editors.rewriters.fuse import Fuse
 from editors.rewriters.gradient_ascent import GradientAscent
 from editors.rewriters.gradient_difference import GradientDifference
 from editors.rewriters.knowledge_neuron_surgery import KnowledgeNeuronSurgery
+from editors.rewriters.memit import Memit
 from editors.rewriters.npo import Npo
 from editors.rewriters.rmu import Rmu
 from editors.rewriters.rome import Rome
@@ -75,7 +78,16 @@ class Case:
 
 QUICK = {"steps": 3, "lr": 1e-2, "replay": 8, "keep_rows": 2}
 
+BATCH: dict[str, Any] = {
+    "layers": (1, 2), "prefixes": (), "kl_weight": 0.0, "steps": 3, "namesakes": 1, "sentences": 6, "recalls": 0,
+    "sentence_length": 5,
+}  # fmt: skip
+"""Small settings of the editors of many facts."""
+
 DEFAULTS: Mapping[str, Case] = {
+    "alphaedit": Case(AlphaEdit(**BATCH, threshold=1.0), ("facts", "text", "keep_facts")),
+    "emmet": Case(Emmet(**BATCH, slack=0.1), ("facts", "text", "retain")),
+    "memit": Case(Memit(**BATCH), ("facts", "text")),
     "constrained-fine-tune": Case(ConstrainedFineTune(steps=3, epsilon=0.2, lr=1e-2), ("facts",)),
     "fine-tune": Case(FineTune(steps=3, lr=1e-2), ("facts",)),
     "gradient-ascent": Case(GradientAscent(steps=3, lr=1e-2, floor=-30.0), ("forget", "text"), grain="weight"),
@@ -111,6 +123,13 @@ DEFAULTS: Mapping[str, Case] = {
 """By method. One that is not here is tested as it comes, with forget, retain and text."""
 
 VARIANTS: Mapping[str, Case] = {
+    "memit one by one": Case(
+        Memit(
+            **{**BATCH, "layers": (0, 1), "price": 0.0, "token": "subject-last", "ways": "mean", "spread": "sqrt"},
+            rounds=2,
+        ),
+        ("facts", "text"),
+    ),
     "gradient-difference whole": Case(
         GradientDifference(steps=2, lr=1e-3, floor=-30.0, replay=0, keep="nll", keep_rows=2), ("forget", "retain")
     ),

@@ -47,7 +47,7 @@ NORMED = ("gemma2", "gemma3", "olmo2")
 HEADS = {
     "gptj": (3, 3, 8), "opt": (3, 3, 8), "phi": (3, 3, 8), "phi3": (6, 2, 4), "olmo": (6, 2, 4), "olmo2": (6, 2, 4),
     "gemma2": (6, 2, 10), "gemma3": (6, 2, 10), "falcon": (6, 1, 4), "falcon_new": (6, 2, 4), "falcon_rw": (6, 6, 4),
-    "bloom": (3, 3, 8),
+    "bloom": (3, 3, 8), "mixtral": (6, 2, 4), "qwen3_moe": (6, 2, 10), "olmoe": (6, 2, 4),
 }  # fmt: skip
 
 
@@ -203,8 +203,10 @@ def test_silencing_a_neuron_is_a_column_of_zeros(family):
     view, item = ModelView.open(zoo.build(family, dtype=torch.float64)), zoo.passages(1)
     scores = ZeroOut()(view, item).scores
     for layer, neuron in ((0, 3), (1, 30), (2, 11)):
-        weight = view.parameter(Site(layer, Kind.MLP_OUT))
-        column = (neuron,) if view.row.stored_in_out else (slice(None), neuron)
+        units = view.units(Site(layer, Kind.MLP_OUT))
+        whose, own = divmod(neuron, view.widths[layer] // len(units))
+        weight = view.place(units[whose]).matrix(view.parameter(units[whose]))
+        column = (own,) if view.row.stored_in_out else (slice(None), own)
         kept, clean = weight[column].detach().clone(), _nll(view, item)
         with torch.no_grad():
             weight[column] = 0

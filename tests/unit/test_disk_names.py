@@ -6,7 +6,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from small_models import bits, contents
-from zoo import CONFIGS, build
+from zoo import CONFIGS, MIXTURES, build
 
 from editors import disk_names
 from editors.binding import Touched
@@ -55,7 +55,9 @@ def test_what_loading_renames_agrees_with_the_names_themselves(tmp_path, family)
     model.save_pretrained(tmp_path)
     weights, names = open_weights(tmp_path), [name for name, _ in model.named_parameters()]
     assert {name: by_loading(weights)[name] for name in names} == locate(weights, names)
-    assert sorted(stored.names[0] for stored in locate(weights, names).values()) == sorted(weights.entries)
+    stored = locate(weights, names).values()
+    assert sorted(name for entry in stored for name in entry.names) == sorted(weights.entries)
+    assert any(entry.experts for entry in stored) is (family in MIXTURES)
 
 
 def test_files_without_the_prefix_are_found_both_ways(tmp_path):

