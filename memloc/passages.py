@@ -524,7 +524,7 @@ def _prompt(tokenizer: Any, template: str, subject: str | None) -> Prompt:
 
 
 def _behind(tokenizer: Any, rest: str) -> tuple[int, ...]:
-    """Tokens of what stands behind an answer, with those the tokenizer ends a text with, not those it begins one with."""
+    """Tokens of what stands behind an answer, and those that end a text, without those that begin one."""
     found = encode(tokenizer, rest)
     return found.ids[next((index for index, span in enumerate(found.spans) if span != (0, 0)), 0) :]
 

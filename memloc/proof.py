@@ -72,12 +72,14 @@ def prove_row(view: ModelView) -> None:
         )
     if not view.row.causal:
         _prove_alone(view, batch)
-        with torch.no_grad():
-            _same("hidden", "the logits", view.unembed(view.hidden(batch)), logits, "the head's; check transform")
         _prove_both_ways(view, batch)
     with torch.no_grad():
         spoken = view.unembed(view.final_norm(after[view.layers - 1]))
     _same("unembed", "the logits", spoken, logits, "the unembedded final norm; check final_norm and unembed")
+    if not view.row.causal:
+        with torch.no_grad():
+            spoken = view.unembed(view.hidden(batch))
+        _same("hidden", "the logits", spoken, logits, "what is unembedded; check transform")
 
 
 def _logits(view: ModelView, batch: Batch) -> Tensor:

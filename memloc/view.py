@@ -49,7 +49,7 @@ LEFT_TO_RIGHT = "this is for models that read from left to right only"
 
 def left_to_right(view: ModelView) -> str | None:
     """Why a method that lives on causality has nothing to say of this model, or None: a method's `refuses`."""
-    return None if view.row.causal else f"{view.row.family} reads both ways, and the method is for models that read from left to right"
+    return None if view.row.causal else f"{view.row.family} reads both ways; {LEFT_TO_RIGHT}"
 
 
 class ModelView:
