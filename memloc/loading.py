@@ -60,7 +60,12 @@ def load(
     except (OSError, ValueError, KeyError, TypeError):
         tokenizer = None
     _runnable(loaded)
-    return loaded, tokenizer
+    return loaded, None if _made_up(tokenizer) else tokenizer
+
+
+def _made_up(tokenizer: Any) -> bool:
+    """Whether it knows special tokens only: what transformers makes of a folder that holds no tokenizer."""
+    return tokenizer is not None and len(tokenizer) <= len(set(tokenizer.all_special_ids))
 
 
 def language_model(config: Any) -> Any:

@@ -501,8 +501,8 @@ class ModelView:
         """
         if self.row.causal:
             return None
-        found = getattr(self.tokenizer, "mask_token_id", None)
-        found = getattr(self.config, "mask_token_id", None) if found is None else found
+        found = getattr(self.config, "mask_token_id", None)
+        found = getattr(self.tokenizer, "mask_token_id", None) if found is None else found
         if found is None:
             raise ModelError(f"{self.name} is a masked language model, and neither a tokenizer nor its configuration "
                              "(mask_token_id) names its mask token; give its tokenizer")  # fmt: skip

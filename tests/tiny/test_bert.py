@@ -46,6 +46,7 @@ from memloc.verbs.check import refusal
 from memloc.view import ModelView
 
 MASK = 3
+WORDS = "[PAD] [UNK] [CLS] [MASK] [SEP] paris is the capital of france city in rome big . ,"
 CAUSAL_LOCALIZERS = {"activation-patching", "causal-trace", "curvature", "ffn-memory", "prefix-perturbation"}
 CAUSAL_EDITORS = {"alphaedit", "curvature", "emmet", "forget-passage", "memit", "rome"}
 KEEPING = {"gradient-difference", "npo", "rmu", "simnpo", "sparse-fine-tune"}
@@ -66,26 +67,7 @@ def exact():
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    words = [
-        "[PAD]",
-        "[UNK]",
-        "[CLS]",
-        "[MASK]",
-        "[SEP]",
-        "paris",
-        "is",
-        "the",
-        "capital",
-        "of",
-        "france",
-        "city",
-        "in",
-        "rome",
-        "big",
-        ".",
-        ",",
-    ]
-    known = {word: index for index, word in enumerate(words)}
+    known = {word: index for index, word in enumerate(WORDS.split())}
     made = Tokenizer(models.WordLevel(known, unk_token="[UNK]"))
     made.normalizer, made.pre_tokenizer = normalizers.Lowercase(), pre_tokenizers.BertPreTokenizer()
     made.post_processor = processors.TemplateProcessing(
@@ -201,7 +183,7 @@ def test_neither_padding_nor_company_changes_what_is_said(exact):
 
 def test_a_masked_model_is_never_shown_what_it_is_to_say(view):
     with pytest.raises(ModelError, match="was shown the tokens it is to predict"):
-        suffix_nll(view, pad([[5, 6, 7, 8]], [2]))
+        view.hidden(pad([[5, 6, 7, 8]], [2]))
     with pytest.raises(ModelError, match="says what a mask token hides"):
         view.logits_at(pad([[5, 6, 7, 8]]), torch.tensor([0]), torch.tensor([3]))
 
@@ -273,7 +255,7 @@ def test_readers_keep_what_follows_the_slot_for_masked_models(kind, tokenizer, t
     if kind == "lama":
         path.write_text(json.dumps({"obj_label": "France", "masked_sentences": sentences}))
     else:
-        path.write_text(json.dumps([[entry, "France", "P36"] for entry in sentences]))
+        path.write_text(json.dumps([[[entry, "France", "P36"] for entry in sentences]]))
     settings = Settings(tokenizer=tokenizer)
     found = table.passages(table.read(path, settings), settings)
     told = [[tokenizer.decode(part) for part in (item.prefix, item.suffix, item.after)] for item in found]
@@ -301,7 +283,8 @@ def test_patterns_that_go_on_behind_the_answer_become_prompts_with_a_slot(tokeni
 # -- localizers --------------------------------------------------------------------------------------------------
 
 
-QUICK = {"integrated-gradients": {"nodes": 4, "halvings": 0}, "knowledge-neurons": {"nodes": 3, "halvings": 0}}
+SHORT = {"nodes": 3, "halvings": 0, "position": "first"}
+QUICK = {"integrated-gradients": SHORT, "knowledge-neurons": SHORT}
 ONCE = {"layer-retrain", "layer-rewind"}
 """Methods of a second checkpoint: slow, and nothing in them but their forward is another for a masked model."""
 
@@ -312,7 +295,7 @@ def test_every_localizer_passes_the_battery_or_says_why_not(name, view, tmp_path
     localizer = dataclasses.replace(cases.made(name, view, tmp_path), **QUICK.get(name, {}))
     assert (reason is not None) == (name in CAUSAL_LOCALIZERS)
     if name in ONCE:
-        assert len(localizer(view, items).scores) > 0
+        assert len(localizer(view, items, contrast=zoo.cloze(2, seed=9)).scores) > 0
     elif reason is None:
         check_localizer(localizer, view, items, contrast=zoo.cloze(2, seed=9))
     else:
@@ -324,7 +307,7 @@ def test_every_localizer_passes_the_battery_or_says_why_not(name, view, tmp_path
 @pytest.mark.parametrize(
     ("localizer", "words"),
     [
-        (LogitLens(mode="attribution"), "no gain, centring and scale"),
+        (LogitLens(mode="attribution"), "make up the stream but for"),
         (WeightGradient(convention="folded"), "cannot be folded"),
     ],
 )
