@@ -17,19 +17,19 @@ from memloc.lazy import offer
 
 if TYPE_CHECKING:
     from editors.base import Editor, Request
-    from editors.checkpoint import apply_edit, undo_edit
     from editors.control import random_like
     from editors.edit import Edit
     from editors.methods import EDITORS
+    from editors.shipping.checkpoint import apply_edit, undo_edit
 
 _OFFERED = {
     "EDITORS": "editors.methods:EDITORS",
     "Edit": "editors.edit:Edit",
     "Editor": "editors.base:Editor",
     "Request": "editors.base:Request",
-    "apply_edit": "editors.checkpoint:apply_edit",
+    "apply_edit": "editors.shipping.checkpoint:apply_edit",
     "random_like": "editors.control:random_like",
-    "undo_edit": "editors.checkpoint:undo_edit",
+    "undo_edit": "editors.shipping.checkpoint:undo_edit",
 }
 
 __all__ = ["EDITORS", "Edit", "Editor", "Request", "apply_edit", "random_like", "undo_edit"]

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from editors.methods import EDITORS
-from editors.verbs import editability, export, sweep, verify
+from editors.verbs import editability, export, sweep, train_mend, verify
 from editors.verbs.export import print_written
 from memloc import cli as looking
 from memloc import command, processes
@@ -168,16 +168,16 @@ def _apply_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def _apply(arguments: argparse.Namespace, terminal: Terminal) -> None:
-    from editors.checkpoint import apply_edit
     from editors.edit import Edit
+    from editors.shipping.checkpoint import apply_edit
 
     written = apply_edit(Edit.load(arguments.edit), Path(arguments.model), arguments.out, link=arguments.link)
     print_written(written, terminal)
 
 
 def _undo(arguments: argparse.Namespace, terminal: Terminal) -> None:
-    from editors.checkpoint import undo_edit
     from editors.edit import Edit
+    from editors.shipping.checkpoint import undo_edit
 
     written = undo_edit(Edit.load(arguments.edit), Path(arguments.model), arguments.out, link=arguments.link)
     print_written(written, terminal)
@@ -203,6 +203,7 @@ def verbs() -> tuple[Verb, ...]:
         Verb("list", "every localizer, editor and measure", _list_flags, _list),
         *looks,
         Verb("edit", "compute an edit; no checkpoint is written", _edit_flags, _edit, EDITORS),
+        Verb("train-mend", "train the network that `memloc edit mend` needs", train_mend.flags, train_mend.run),
         Verb("apply", "write a checkpoint folder with an edit in it", _apply_flags, _apply),
         Verb("undo", "write the checkpoint folder as it was before an edit", _apply_flags, _undo),
         Verb(

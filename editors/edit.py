@@ -18,9 +18,9 @@ import torch
 from torch import Tensor
 
 from editors import deltas as forms
-from editors.adapters import Adapter
 from editors.binding import Found, Touched
 from editors.deltas import Delta, LowRank
+from editors.disk.adapters import Adapter
 from editors.edit_file import from_file, to_file
 from editors.packing import pack_repair
 from editors.patch import DTYPES, Survival, add_to, bits_short_of, dtype_name, empty_repair, take_from, weight_shape

@@ -451,12 +451,14 @@ def _passage(record: dict[str, Any], where: str, tokenizer: Any, prefix: int, su
         after = _ids(record, "after_ids") if record.get("after_ids") else ()
         return Passage(name, _ids(record, "prefix_ids"), _ids(record, "suffix_ids"), tags, after=after)
     if "prefix" in record or "suffix" in record:
-        head = "" if record.get("prefix") == "" else _text(record, "prefix")  # a start token may stand before it
+        head = record["prefix"] if record.get("prefix") == "" else _text(record, "prefix")
         tail = _text(record, "suffix")
         behind = _text(record, "after") if record.get("after") else ""
         encoding = encode(tokenizer, head + tail + behind)
         inner = encoding.spans[: len(encoding.ids) - encoding.closing]
         cut = sum(end <= len(head) for _, end in inner)
+        if not cut and not head:  # what a tokenizer begins texts with would do
+            _text(record, "prefix")
         stop = sum(start < len(head + tail) for start, _ in inner) if behind else len(inner)
         merged = any(start < edge < end for start, end in inner for edge in (len(head), len(head + tail)))
         return Passage(name, encoding.ids[:cut], encoding.ids[cut:stop], tags, merged, encoding.ids[stop:])

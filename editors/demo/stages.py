@@ -12,12 +12,12 @@ from typing import Any
 import torch
 
 from editors.base import Request
-from editors.checkpoint import apply_edit, undo_edit
 from editors.control import random_like
 from editors.demo.material import Material
 from editors.edit import Edit
 from editors.rewriters.rome import Rome
 from editors.rewriters.sparse_fine_tune import SparseFineTune
+from editors.shipping.checkpoint import apply_edit, undo_edit
 from editors.trial import Group, Measured, measure_groups
 from memloc.loading import quiet
 from memloc.localizers.integrated_gradients import IntegratedGradients

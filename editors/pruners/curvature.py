@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from editors.base import Request
-from editors.curvature_pairs import kept_factors, passage_energies
 from editors.deltas import Delta
 from editors.edit import Edit
-from editors.spectra import chosen_maps, dearest, inside, maps_digest, most_of, taken_out, told
+from editors.pruning.curvature_pairs import kept_factors, passage_energies
+from editors.pruning.spectra import chosen_maps, dearest, inside, maps_digest, most_of, taken_out, told
 from memloc.errors import InputError
 from memloc.gradients.curvature import Basis, Labels, corrected
 from memloc.passages import Passages

@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from editors.base import Request
-from editors.descent import working_copy
 from editors.edit import Edit
-from editors.prunings import Among, Kinds, allowed, check_budget, highest, pruning
+from editors.pruning.prunings import Among, Kinds, allowed, check_budget, highest, pruning
+from editors.tuning.descent import working_copy
 from memloc import progress
 from memloc.gradients.map_gradients import Gathered
 from memloc.objectives import suffix_nll

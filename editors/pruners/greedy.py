@@ -9,8 +9,8 @@ from torch import Tensor
 
 from editors.base import Request
 from editors.edit import Edit
-from editors.prunings import Kinds, allowed, check_budget, how_many, kept_rows, largest, pruning
-from editors.trained_masks import Switched, mean_nll, mixed_batches, row_weights, unspent
+from editors.pruning.prunings import Kinds, allowed, check_budget, how_many, kept_rows, largest, pruning
+from editors.pruning.trained_masks import Switched, mean_nll, mixed_batches, row_weights, unspent
 from memloc import progress
 from memloc.errors import InputError
 from memloc.provenance import settings_of

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from editors.base import Request
 from editors.edit import Edit
 from editors.masks import digest, weight_masks
-from editors.silencing import Mode, check_mode, need_biases, silencing
+from editors.pruning.silencing import Mode, check_mode, need_biases, silencing
 from memloc.provenance import Provenance, settings_of
 from memloc.sites import Grain
 from memloc.view import ModelView

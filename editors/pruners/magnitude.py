@@ -10,7 +10,7 @@ from torch import Tensor
 from editors.base import Request
 from editors.edit import Edit
 from editors.masks import Masks, weight_masks
-from editors.prunings import Among, Kinds, allowed, check_budget, check_choice, highest, pruning
+from editors.pruning.prunings import Among, Kinds, allowed, check_budget, check_choice, highest, pruning
 from memloc.errors import InputError
 from memloc.provenance import settings_of
 from memloc.sites import Site

@@ -9,10 +9,10 @@ from torch import Tensor
 
 from editors.base import Request
 from editors.deltas import Delta, Sparse
-from editors.descent import working_copy
 from editors.edit import Edit
-from editors.fisher_blocks import Estimate, fisher_blocks
-from editors.prunings import Among, Kinds, allowed, check_budget, check_choice, highest, need_text, pruning
+from editors.pruning.fisher_blocks import Estimate, fisher_blocks
+from editors.pruning.prunings import Among, Kinds, allowed, check_budget, check_choice, highest, need_text, pruning
+from editors.tuning.descent import working_copy
 from memloc.passages import Passages
 from memloc.provenance import settings_of
 from memloc.sites import Site

@@ -9,7 +9,7 @@ import torch
 from editors.base import Request
 from editors.edit import Edit
 from editors.masks import weight_masks
-from editors.prunings import Kinds, allowed, check_budget, how_many, pruning, randomly
+from editors.pruning.prunings import Kinds, allowed, check_budget, how_many, pruning, randomly
 from memloc.errors import InputError
 from memloc.provenance import settings_of
 from memloc.view import ModelView

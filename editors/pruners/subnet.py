@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 from editors.base import Request
 from editors.edit import Edit
-from editors.prunings import Kinds, allowed, check_budget, pruning
-from editors.trained_masks import Learning, learn_masks
+from editors.pruning.prunings import Kinds, allowed, check_budget, pruning
+from editors.pruning.trained_masks import Learning, learn_masks
 from memloc.provenance import settings_of
 from memloc.view import ModelView
 

@@ -8,11 +8,11 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from editors.activity import moments_at, root_mean_squares
 from editors.base import Request
 from editors.deltas import Delta, LowRank, Sparse
 from editors.edit import Edit
-from editors.prunings import Among, Kinds, allowed, check_budget, check_choice, highest, need_text, pruning
+from editors.pruning.activity import moments_at, root_mean_squares
+from editors.pruning.prunings import Among, Kinds, allowed, check_budget, check_choice, highest, need_text, pruning
 from memloc.errors import InputError
 from memloc.provenance import settings_of
 from memloc.sites import Site

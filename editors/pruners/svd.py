@@ -10,7 +10,7 @@ import torch
 from editors.base import Request
 from editors.deltas import Delta
 from editors.edit import Edit
-from editors.spectra import chosen_maps, inside, maps_digest, most_of, taken_out, told
+from editors.pruning.spectra import chosen_maps, inside, maps_digest, most_of, taken_out, told
 from memloc import progress
 from memloc.errors import InputError
 from memloc.provenance import Provenance, settings_of

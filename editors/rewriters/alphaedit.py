@@ -8,10 +8,10 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from editors.base import Request
-from editors.batch_edit import BatchEditor
-from editors.closed_forms import Metric, NullSpace
 from editors.edit import Edit
-from editors.published import plain, preset
+from editors.facts.batch_edit import BatchEditor
+from editors.facts.closed_forms import Metric, NullSpace
+from editors.facts.published import plain, preset
 from memloc.errors import InputError
 from memloc.view import ModelView, left_to_right
 
@@ -28,7 +28,7 @@ class AlphaEdit(BatchEditor):
         threshold: of the eigenvalues, in shares of their mean.
         ridge: S in shares of the keys' mean squared length.
         absolute: take both as they are instead, as the original does; they then depend on the model's scale. The others
-            are those of `editors.batch_edit.BatchEditor`.
+            are those of `editors.facts.batch_edit.BatchEditor`.
 
     Raises:
         InputError: as `memit`; or no eigenvalue is below the threshold.
@@ -54,7 +54,7 @@ class AlphaEdit(BatchEditor):
 
     @classmethod
     def published(cls, model: str, **changes: Any) -> AlphaEdit:
-        """The original's settings for a model of `editors.published.PRESETS`; give `moment` to reproduce a number."""
+        """The original's settings for a model of `facts.published.PRESETS`; give `moment` to reproduce a number."""
         found = preset(model)
         own = {"layers": found.layers, "threshold": 0.02, "ridge": 10.0, "absolute": True}
         return cls(**{**plain(found), **own, **changes})

@@ -9,13 +9,13 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from editors.ball import Ball, steps_within
 from editors.base import Request
-from editors.descent import MaskedAdam, working_copy
 from editors.edit import Edit
 from editors.masks import Masks
-from editors.teaching import Teaching, teach
-from editors.unlearning import chosen_masks, edit_of, whole_masks
+from editors.tuning.ball import Ball, steps_within
+from editors.tuning.descent import MaskedAdam, working_copy
+from editors.tuning.teaching import Teaching, teach
+from editors.tuning.unlearning import chosen_masks, edit_of, whole_masks
 from memloc.errors import InputError
 from memloc.sites import Kind, Site
 from memloc.view import ModelView

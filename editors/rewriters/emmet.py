@@ -8,10 +8,10 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from editors.base import Request
-from editors.batch_edit import BatchEditor
-from editors.closed_forms import Factor
 from editors.edit import Edit
-from editors.published import plain, preset
+from editors.facts.batch_edit import BatchEditor
+from editors.facts.closed_forms import Factor
+from editors.facts.published import plain, preset
 from memloc.errors import InputError
 from memloc.view import ModelView, left_to_right
 
@@ -25,7 +25,7 @@ class Emmet(BatchEditor):
 
     Attributes:
         slack: S in shares of the number of the map's inputs, what a miss may cost. 0 meets every demand; the original
-            has a little where there are several facts. The others are those of `editors.batch_edit.BatchEditor`.
+            has a little where there are several facts. The others are those of `editors.facts.batch_edit.BatchEditor`.
 
     Raises:
         InputError: neither text nor moments, no facts, facts that contradict each other, a layer the model has not, or
@@ -50,7 +50,7 @@ class Emmet(BatchEditor):
 
     @classmethod
     def published(cls, model: str, *, several: bool = True, **changes: Any) -> Emmet:
-        """The original's settings for a model of `editors.published.PRESETS`; its slack only for `several` facts."""
+        """The original's settings for a model of `facts.published.PRESETS`; its slack only for `several` facts."""
         found = preset(model)
         slack = 0.1 * found.equality / found.width if several else 0.0
         return cls(**{**plain(found), "layers": (found.single,), "slack": slack, **changes})

@@ -6,10 +6,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from editors.base import Request
-from editors.descent import working_copy
 from editors.edit import Edit
-from editors.teaching import Teaching, teach
-from editors.unlearning import chosen_masks, edit_of
+from editors.tuning.descent import working_copy
+from editors.tuning.teaching import Teaching, teach
+from editors.tuning.unlearning import chosen_masks, edit_of
 from memloc.sites import Kind
 from memloc.view import ModelView
 

@@ -12,11 +12,11 @@ from torch import Tensor
 
 from editors.base import Request
 from editors.deltas import LowRank
-from editors.descent import working_copy
 from editors.edit import Edit
-from editors.least_change import Metric, dual, gram
-from editors.odds import Row, Slopes, every_odds, log_odds, slopes
-from editors.replay import Replay, self_replay, token_pool
+from editors.tuning.descent import working_copy
+from editors.tuning.least_change import Metric, dual, gram
+from editors.tuning.odds import Row, Slopes, every_odds, log_odds, slopes
+from editors.tuning.replay import Replay, self_replay, token_pool
 from memloc import progress
 from memloc.batches import pad
 from memloc.errors import InputError
@@ -88,12 +88,12 @@ class ForgetPassage:
     layers: tuple[int, ...] | None = None
     rank: int | None = None
     positions: int | None = None
-    disturb: float = 0.5
+    disturb: float = 0.45
     tries: int = 16
     rounds: int = 6
     step: float = 0.5
     close: float = 0.1
-    replay: int = 2400
+    replay: int = 4800
     replay_length: int | None = None
     replay_temperature: float = 0.7
     replay_ngram: int = 8
@@ -102,7 +102,7 @@ class ForgetPassage:
     margin: float = 2.0
     protect: int = 400
     damping: float = 1e-2
-    pull_damping: float = 0.1
+    pull_damping: float = 0.02
     ridge: float = 1e-3
     batch_size: int = 64
     refuses = staticmethod(left_to_right)
@@ -247,12 +247,12 @@ class _Asked:
 
     def excess(self, odds: Tensor) -> Tensor:
         """Mean log-odds of each passage above its level, nats per token, [targets]."""
-        parts = (odds - self.level).split([len(level) for level in self.levels])
+        parts = torch.split(odds - self.level, [len(level) for level in self.levels])
         return torch.stack([part.mean() for part in parts])
 
     def recited(self, odds: Tensor) -> int:
         """How many passages have every token likelier than not (fewer than are recited greedily)."""
-        return sum(bool((part > 0).all()) for part in odds.split([len(level) for level in self.levels]))
+        return sum(bool((part > 0).all()) for part in torch.split(odds, [len(level) for level in self.levels]))
 
 
 @dataclass(frozen=True)
@@ -351,7 +351,7 @@ class _Solver:
             site: metric.whitened(found.read[site], found.pull[site] * sign[:, None])
             for site, metric in self.metrics.items()
         }
-        weight = dual(gram(white), asked, ridge=self.how.ridge)
+        weight = dual(gram(white.values()), asked, ridge=self.how.ridge)
         made = {}
         for site, metric in self.metrics.items():
             read, pull = white[site]

@@ -12,9 +12,9 @@ from torch import Tensor
 
 from editors.base import Request
 from editors.deltas import Delta
+from editors.disk.other_checkpoints import every_site, need_reached, open_other, read_weights, smallest
 from editors.edit import Edit
 from editors.masks import weight_masks
-from editors.other_checkpoints import every_site, need_reached, open_other, read_weights, smallest
 from memloc.errors import InputError
 from memloc.progress import steps
 from memloc.provenance import Provenance, digest_json, digest_tensor, settings_of

@@ -7,8 +7,8 @@ from typing import Any
 
 from editors.base import Request
 from editors.edit import Edit
-from editors.unlearning import PUBLISHED, Unlearning, unlearn
-from editors.unlearning_losses import ascent
+from editors.tuning.unlearning import PUBLISHED, Unlearning, unlearn
+from editors.tuning.unlearning_losses import ascent
 from memloc.view import ModelView
 
 

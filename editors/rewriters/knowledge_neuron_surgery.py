@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from editors.base import Request
-from editors.contexts import Row
 from editors.deltas import Delta, LowRank, Sparse
 from editors.edit import Edit
-from editors.keys_values import read_at
+from editors.facts.contexts import Row
+from editors.facts.keys_values import read_at
 from editors.masks import digest, weight_masks
 from memloc.errors import InputError
 from memloc.passages import Fact, Facts

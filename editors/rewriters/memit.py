@@ -8,10 +8,10 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from editors.base import Request
-from editors.batch_edit import BatchEditor
-from editors.closed_forms import Factor
 from editors.edit import Edit
-from editors.published import plain, preset
+from editors.facts.batch_edit import BatchEditor
+from editors.facts.closed_forms import Factor
+from editors.facts.published import plain, preset
 from memloc.errors import InputError
 from memloc.view import ModelView, left_to_right
 
@@ -26,7 +26,7 @@ class Memit(BatchEditor):
 
     Attributes:
         weight: λ in shares of the number of the map's inputs: a key as unusual as an average token's is half met at 1,
-            and wholly at 0 (which is EMMET). The others are those of `editors.batch_edit.BatchEditor`.
+            and wholly at 0 (which is EMMET). The others are those of `editors.facts.batch_edit.BatchEditor`.
 
     Raises:
         InputError: neither text nor moments, no facts, facts that contradict each other, a layer the model has not.
@@ -50,7 +50,7 @@ class Memit(BatchEditor):
 
     @classmethod
     def published(cls, model: str, **changes: Any) -> Memit:
-        """The original's settings for a model of `editors.published.PRESETS`; give `moment` to reproduce a number."""
+        """The original's settings for a model of `facts.published.PRESETS`; give `moment` to reproduce a number."""
         found = preset(model)
         settings = {**plain(found), "layers": found.layers, "weight": found.weight / found.width, **changes}
         return cls(**settings)

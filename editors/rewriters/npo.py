@@ -10,8 +10,8 @@ from torch import Tensor
 
 from editors.base import Request
 from editors.edit import Edit
-from editors.unlearning import PUBLISHED, Rows, Unlearning, unlearn
-from editors.unlearning_losses import npo
+from editors.tuning.unlearning import PUBLISHED, Rows, Unlearning, unlearn
+from editors.tuning.unlearning_losses import npo
 from memloc.errors import InputError
 from memloc.view import ModelView
 

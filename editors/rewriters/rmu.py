@@ -9,16 +9,16 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from editors.band import Band
 from editors.base import Request
-from editors.descent import MaskedAdam, working_copy
 from editors.edit import Edit
-from editors.keep import Keep
-from editors.keeping import Keeping
 from editors.masks import Masks
-from editors.training import Losses, cycle, descend
-from editors.unlearning import Descending, check_open, chosen_masks, edit_of, reference_sums, whole_masks
-from editors.unlearning_losses import misdirection
+from editors.tuning.band import Band
+from editors.tuning.descent import MaskedAdam, working_copy
+from editors.tuning.keep import Keep
+from editors.tuning.keeping import Keeping
+from editors.tuning.training import Losses, cycle, descend
+from editors.tuning.unlearning import Descending, check_open, chosen_masks, edit_of, reference_sums, whole_masks
+from editors.tuning.unlearning_losses import misdirection
 from memloc.batches import Batch, pad
 from memloc.errors import InputError
 from memloc.passages import Passages

@@ -11,12 +11,12 @@ import torch
 from torch import Tensor
 
 from editors.base import Request
-from editors.contexts import Demand, Row, Token, check_context, demand, row_of, sample_prefixes
 from editors.deltas import Delta, LowRank, add
 from editors.edit import Edit
-from editors.keys_values import Descent, optimise_values, read_at
-from editors.least_squares import insert_pair
-from editors.own_words import namesakes, recalls
+from editors.facts.contexts import Demand, Row, Token, check_context, demand, row_of, sample_prefixes
+from editors.facts.keys_values import Descent, optimise_values, read_at
+from editors.facts.least_squares import insert_pair
+from editors.facts.own_words import namesakes, recalls
 from memloc import progress
 from memloc.batches import pad
 from memloc.errors import InputError

@@ -8,14 +8,14 @@ from typing import Any, Literal
 
 import torch
 
-from editors.alternative import own_alternative
 from editors.base import Request
-from editors.descent import MaskedAdam, working_copy
 from editors.edit import Edit
-from editors.keep import Keep
-from editors.keeping import Keeping
 from editors.masks import Masks, digest, weight_masks
-from editors.training import Losses, Stop, Term, cycle, descend, floor_of
+from editors.tuning.alternative import own_alternative
+from editors.tuning.descent import MaskedAdam, working_copy
+from editors.tuning.keep import Keep
+from editors.tuning.keeping import Keeping
+from editors.tuning.training import Losses, Stop, Term, cycle, descend, floor_of
 from memloc.errors import InputError
 from memloc.passages import Passages
 from memloc.provenance import Provenance, settings_of

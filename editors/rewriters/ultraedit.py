@@ -11,11 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from editors.alternative import own_alternative
 from editors.base import Request
 from editors.deltas import LowRank, add
-from editors.descent import working_copy
 from editors.edit import Edit
+from editors.tuning.alternative import own_alternative
+from editors.tuning.descent import working_copy
 from memloc import progress
 from memloc.batches import Batch
 from memloc.errors import InputError, MismatchError
@@ -174,7 +174,7 @@ class UltraEdit:
             later[site] = running[site].seen(rows)
             if later[site].count < 2:
                 raise InputError("ultraedit normalises by what it has seen, and one token has no spread; give more")
-            normed, gradient = later[site].normed(rows).split([keys.shape[1], pull[site].shape[1]], 1)
+            normed, gradient = torch.split(later[site].normed(rows), [keys.shape[1], pull[site].shape[1]], 1)
             values = -self.lr * normed.square().sum(1, keepdim=True) * gradient
             found[site] = ridge_update(keys, values, self.ridge)
         return found, later

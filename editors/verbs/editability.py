@@ -14,8 +14,8 @@ from memloc.terminal import Terminal
 from memloc.verbs.moments import layers_named
 
 if TYPE_CHECKING:
-    from editors.editability import Prediction
-    from editors.layer_choice import Sweep
+    from editors.facts.editability import Prediction
+    from editors.facts.layer_choice import Sweep
     from memloc.passages import Passages
     from memloc.report import Report
     from memloc.view import ModelView
@@ -40,8 +40,8 @@ def flags(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace, terminal: Terminal) -> None:
     """Edit each fact at each layer, set the scores beside, print, write."""
     from editors.base import Request
-    from editors.editability import predict
-    from editors.layer_choice import sweep
+    from editors.facts.editability import predict
+    from editors.facts.layer_choice import sweep
     from memloc.scores import Localization
 
     if arguments.draws < 1:

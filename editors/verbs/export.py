@@ -11,8 +11,8 @@ from memloc.errors import InputError
 from memloc.terminal import Terminal
 
 if TYPE_CHECKING:
-    from editors.checkpoint import Written
     from editors.edit import Edit
+    from editors.shipping.checkpoint import Written
 
 
 def flags(parser: argparse.ArgumentParser) -> None:
@@ -32,7 +32,7 @@ def flags(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace, terminal: Terminal) -> None:
     """Write the folder, say what is in it and what it lost."""
     from editors.edit import Edit
-    from editors.model_card import evidence
+    from editors.shipping.model_card import evidence
 
     others = {"adapter": ["link"], "checkpoint": ["base", "dtype", "rank"]}[arguments.form]
     given = [name for name in others if getattr(arguments, name) not in (None, False)]
@@ -47,7 +47,7 @@ def run(arguments: argparse.Namespace, terminal: Terminal) -> None:
 
 
 def _adapter(edit: Edit, shown: list[dict[str, Any]], arguments: argparse.Namespace, terminal: Terminal) -> None:
-    from editors.export import export_adapter
+    from editors.shipping.export import export_adapter
 
     how = {"base": arguments.base or "", "dtype": arguments.dtype or "float32", "rank": arguments.rank}
     made = export_adapter(edit, arguments.model, arguments.out, evidence=shown, **how)
@@ -61,7 +61,7 @@ def _adapter(edit: Edit, shown: list[dict[str, Any]], arguments: argparse.Namesp
 
 
 def _checkpoint(edit: Edit, shown: list[dict[str, Any]], arguments: argparse.Namespace, terminal: Terminal) -> None:
-    from editors.export import export_checkpoint
+    from editors.shipping.export import export_checkpoint
 
     print_written(
         export_checkpoint(edit, arguments.model, arguments.out, link=arguments.link, evidence=shown), terminal

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from editors.descent import working_copy
+from editors.tuning.descent import working_copy
 from editors.verification.material import Effort, Material, folds
 from editors.verification.scores import Heard, Scores, heard, joined
 from memloc.batches import Batch, pad

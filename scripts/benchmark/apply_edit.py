@@ -90,8 +90,8 @@ def work(verb: str, folder: Path, edit_file: Path, out: Path, link: bool) -> Non
             os.fsync(new.fileno())
         print(json.dumps({"seconds": time.perf_counter() - start}))
         return
-    from editors.checkpoint import apply_edit, undo_edit
     from editors.edit import Edit
+    from editors.shipping.checkpoint import apply_edit, undo_edit
 
     edit = Edit.load(edit_file)
     Path("/proc/self/clear_refs").write_text("5")  # the peak starts again from here

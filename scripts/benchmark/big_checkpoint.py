@@ -89,8 +89,8 @@ def resident(which: str) -> int:
 
 def work(folder: Path, out: Path, link: bool) -> None:
     """In a fresh process: one apply; prints what it took."""
-    from editors.checkpoint import apply_edit
     from editors.edit import Edit
+    from editors.shipping.checkpoint import apply_edit
 
     edit = Edit.load(folder.with_suffix(".edit.safetensors"))
     Path("/proc/self/clear_refs").write_text("5")  # the peak starts again from here

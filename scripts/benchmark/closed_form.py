@@ -13,7 +13,7 @@ import time
 
 import torch
 
-from editors.closed_forms import Factor, insert_pairs
+from editors.facts.closed_forms import Factor, insert_pairs
 
 
 def main() -> None:

@@ -17,7 +17,7 @@ import torch
 from editors.base import Request
 from editors.demo.material import material
 from editors.pruners.greedy import Greedy
-from editors.shared_subspace import overlap, pruned
+from editors.pruning.shared_subspace import overlap, pruned
 from memloc.view import ModelView
 
 ROUNDS = (10**9, 50, 10, 1)

@@ -19,8 +19,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from editors.contexts import row_of
-from editors.keys_values import read_at
+from editors.facts.contexts import row_of
+from editors.facts.keys_values import read_at
 from memloc.moment_judgement import judge
 from memloc.moment_pass import MomentPass
 from memloc.moments import second_moments, towards_identity

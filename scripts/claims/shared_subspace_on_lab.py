@@ -28,7 +28,7 @@ from editors.pruners.balanced_subnet import BalancedSubnet
 from editors.pruners.durable import Durable
 from editors.pruners.obs import Obs
 from editors.pruners.subspace import Subspace
-from editors.shared_subspace import shared_subspace
+from editors.pruning.shared_subspace import shared_subspace
 from memloc.measures.extraction import Extraction
 from memloc.passages import Passages
 from memloc.view import ModelView

@@ -252,7 +252,7 @@ def test_an_edit_is_not_applied_twice_nor_to_another_model_nor_over_a_folder(tin
 
 
 def test_ctrl_c_while_writing_leaves_no_folder(tiny_lab, command, monkeypatch):
-    from editors import checkpoint
+    from editors.shipping import checkpoint
 
     passages = full_dose(tiny_lab)
     command("localize", "random", "--model", tiny_lab, "--passages", passages, "--out", "where.safetensors")

@@ -18,10 +18,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from small_models import OUT, build, contents, deltas_for, look
 
-from editors import checkpoint
-from editors.checkpoint import MANIFEST, apply_edit, undo_edit
+from editors.disk.shards import INDEX, SINGLE, read_header
 from editors.edit import Edit
-from editors.shards import INDEX, SINGLE, read_header
+from editors.shipping import checkpoint
+from editors.shipping.checkpoint import MANIFEST, apply_edit, undo_edit
 from memloc.errors import CheckpointError, MemlocError, TargetError
 from memloc.provenance import Provenance
 
@@ -234,7 +234,7 @@ def test_a_full_disk_while_undoing_leaves_nothing(here, monkeypatch):
 def test_a_real_limit_of_the_system_stops_a_copy_and_leaves_nothing(here):
     """No stand-in: the process may not write files beyond 4 KiB, the kernel refuses the copy."""
     code = (
-        "import sys; from editors.edit import Edit; from editors.checkpoint import apply_edit; "
+        "import sys; from editors.edit import Edit; from editors.shipping.checkpoint import apply_edit; "
         "from memloc.errors import TargetError\n"
         "try: apply_edit(Edit.load(sys.argv[1]), *sys.argv[2:])\n"
         "except TargetError as error: print(error)"

@@ -11,10 +11,10 @@ from safetensors.torch import load_file, save_file
 from small_models import OUT, build, contents, deltas_for, look
 from transformers import AutoModelForCausalLM
 
-from editors import shards
+from editors.disk import shards
+from editors.disk.shards import INDEX
 from editors.edit import Edit
-from editors.export import export_adapter, export_checkpoint
-from editors.shards import INDEX
+from editors.shipping.export import export_adapter, export_checkpoint
 from memloc.errors import CheckpointError, MemlocError, MismatchError
 from memloc.provenance import Provenance
 

@@ -33,34 +33,28 @@ FLOORS: tuple[str, ...] = (
     "memloc.grids memloc.localizers memloc.truth",
     "memloc.checks memloc.verbs",
     "memloc.cli",
-    "editors editors.activity editors.alternative editors.ball editors.base editors.conflicts editors.contexts "
-    "editors.curvature_pairs editors.deltas editors.keep editors.masks editors.methods editors.model_card "
-    "editors.odds editors.packing editors.published editors.replay editors.rounding editors.shards editors.trial "
-    "editors.unlearning_losses",
-    "editors.closed_forms editors.descent editors.disk_names editors.fisher_blocks editors.hook_form "
-    "editors.keeping editors.keys_values editors.layer_choice editors.least_change editors.least_squares "
-    "editors.other_checkpoints editors.own_words editors.patch editors.silencing editors.spectra",
-    "editors.binding editors.edit_record editors.editability editors.joint_values editors.stored_matrix "
-    "editors.training",
-    "editors.adapters editors.band editors.edit_file editors.teaching",
+    "editors editors.base editors.deltas editors.masks editors.methods editors.packing editors.rounding editors.trial",
+    "editors.hook_form editors.patch",
+    "editors.binding editors.disk",
+    "editors.edit_file",
     "editors.edit",
-    "editors.checkpoint editors.checks editors.control editors.growth editors.protected editors.prunings "
-    "editors.shared_subspace editors.trade_offs editors.unlearning",
-    "editors.batch_edit editors.export editors.trained_masks editors.verification",
-    "editors.pruners editors.rewriters editors.verbs",
-    "editors.demo",
+    "editors.checks editors.control editors.facts editors.shipping editors.trade_offs",
+    "editors.tuning",
+    "editors.pruning editors.rewriters editors.verification",
+    "editors.demo editors.pruners editors.verbs",
     "editors.cli",
 )
 """Lowest first. A package stands for all its files. A file imports from floors below its own, or its own package."""
 
 HOOKS = {"memloc/hooks.py"}
 WRITERS = {
-    "editors/edit.py", "editors/descent.py", "editors/trained_masks.py", "editors/verification/quantised.py",
-    "memloc/architectures.py", "memloc/truth/planted.py", "memloc/truth/injection.py", "memloc/lab",
+    "editors/edit.py", "editors/tuning/descent.py", "editors/tuning/hypernet.py", "editors/pruning/trained_masks.py",
+    "editors/verification/quantised.py", "memloc/architectures.py", "memloc/truth/planted.py",
+    "memloc/truth/injection.py", "memloc/lab",
 }  # fmt: skip
 """Who may write a weight: the edit, which alone writes into a model it was given; the one line it writes through; and
-those that write into models of their own (descent, masks trained on a copy, rounding, planting and injecting into a
-copy, the lab into what it trains)."""
+those that write into models of their own (descent, a network of its own, masks trained on a copy, rounding, planting
+and injecting into a copy, the lab into what it trains)."""
 
 HANDLES = {"parameter", "weight", "get_parameter", "parameters", "named_parameters", "state_dict"}
 """Method calls that hand out a model's own tensors."""

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from editors.deltas import Delta, Dense, LowRank
-from editors.descent import working_copy
 from editors.edit import Edit
+from editors.tuning.descent import working_copy
 from editors.verification import Effort, Material
 from editors.verification.quantised import buckets, rounded
 from memloc.objectives import suffix_nll

@@ -12,11 +12,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from zoo import CONFIGS, VOCAB, build
 
-from editors.adapters import CONFIG, TENSORS
-from editors.checkpoint import apply_edit
 from editors.deltas import Dense, LowRank, Sparse
+from editors.disk.adapters import CONFIG, TENSORS
 from editors.edit import Edit
-from editors.export import export_adapter, export_checkpoint
+from editors.shipping.checkpoint import apply_edit
+from editors.shipping.export import export_adapter, export_checkpoint
 from memloc.errors import CheckpointError, InputError, MismatchError, ModelError, TargetError
 from memloc.provenance import Provenance
 from memloc.sites import OUTSIDE, Kind, Site

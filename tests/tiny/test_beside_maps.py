@@ -7,11 +7,11 @@ import torch
 import zoo
 from safetensors.torch import save_file
 
-from editors.checkpoint import apply_edit, undo_edit
 from editors.deltas import Delta, Dense
 from editors.edit import Edit
-from editors.export import export_adapter
 from editors.hook_form import as_if
+from editors.shipping.checkpoint import apply_edit, undo_edit
+from editors.shipping.export import export_adapter
 from memloc.engines.names import LensNames, NnsightNames
 from memloc.errors import InputError
 from memloc.provenance import Provenance

@@ -13,14 +13,14 @@ from safetensors.torch import load_file, save_file
 from torch.testing import assert_close
 
 from editors.base import Request
-from editors.checkpoint import apply_edit, undo_edit
 from editors.deltas import Dense, LowRank, Sparse
+from editors.disk.other_checkpoints import every_site, open_other, read_weights, smallest
 from editors.edit import Edit
-from editors.other_checkpoints import every_site, open_other, read_weights, smallest
 from editors.pruners.layer_rewind import LayerRewind
 from editors.pruners.layernorm_removal import LayernormRemoval
 from editors.rewriters.fuse import Fuse
 from editors.rewriters.task_vector import TaskVector
+from editors.shipping.checkpoint import apply_edit, undo_edit
 from memloc.batches import pad
 from memloc.errors import CheckpointError, InputError, MismatchError, ModelError
 from memloc.localizers.random import Random

@@ -11,8 +11,8 @@ import zoo
 
 from editors.base import Request
 from editors.cli import main
-from editors.editability import correlation, explained, layer_scores, predict
-from editors.layer_choice import Sweep, sweep, usual_layer, usual_layers
+from editors.facts.editability import correlation, explained, layer_scores, predict
+from editors.facts.layer_choice import Sweep, sweep, usual_layer, usual_layers
 from editors.rewriters.rome import Rome
 from editors.rewriters.sparse_fine_tune import SparseFineTune
 from memloc.errors import InputError, MismatchError

@@ -8,13 +8,13 @@ from safetensors.torch import load_file
 from torch.testing import assert_close
 
 from editors.base import Request
-from editors.checkpoint import apply_edit, undo_edit
 from editors.checks import check_editor, state
 from editors.deltas import Dense, LowRank, Sparse, by_expert
 from editors.edit import Edit
-from editors.export import export_adapter
 from editors.hook_form import as_if
 from editors.pruners.neuron_dropout import NeuronDropout
+from editors.shipping.checkpoint import apply_edit, undo_edit
+from editors.shipping.export import export_adapter
 from memloc import architectures
 from memloc.batches import pad
 from memloc.errors import CheckpointError, InputError, ModelError

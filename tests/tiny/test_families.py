@@ -14,8 +14,8 @@ from torch.testing import assert_close
 from editors.base import Request
 from editors.checks import check_applies_and_undoes, check_survives_disk
 from editors.cli import main
-from editors.contexts import Demand, Row
-from editors.keys_values import Descent, optimise_values
+from editors.facts.contexts import Demand, Row
+from editors.facts.keys_values import Descent, optimise_values
 from editors.methods import EDITORS
 from editors.pruners.neuron_dropout import NeuronDropout
 from editors.rewriters.sparse_fine_tune import SparseFineTune
@@ -187,7 +187,8 @@ def test_every_method_passes_the_battery_in_unusual_families(name, family, view_
         if hasattr(method, "halvings"):
             # Where what is written is normed, paths bend sharply near 0, and halving them takes its time.
             method = dataclasses.replace(method, halvings=0, nodes=4)
-        check_localizer(method, view, zoo.passages(3), contrast=zoo.passages(2, seed=9))
+        # Of two passages, a spread may be of rounding alone: neurons of experts that few tokens are sent to.
+        check_localizer(method, view, zoo.passages(3), contrast=zoo.passages(6, seed=9))
 
 
 def test_what_is_refused_is_refused_where_values_do_not_reach_the_stream_only(view_of):

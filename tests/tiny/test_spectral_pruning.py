@@ -8,11 +8,11 @@ import zoo
 from torch.testing import assert_close
 
 from editors.base import Request
-from editors.curvature_pairs import kept_factors, passage_energies
 from editors.deltas import Dense, LowRank, Sparse
 from editors.pruners.curvature import Curvature
 from editors.pruners.svd import Svd
-from editors.spectra import dearest, most_of, taken_out
+from editors.pruning.curvature_pairs import kept_factors, passage_energies
+from editors.pruning.spectra import dearest, most_of, taken_out
 from memloc.errors import InputError
 from memloc.gradients.curvature import curvature_factors
 from memloc.localizers.random import Random
@@ -170,7 +170,7 @@ def test_factors_are_kept_for_the_very_model_text_and_settings(view_of, tmp_path
     first = editor(view, Request(text=TEXT))
     (kept,) = (tmp_path / "kept").iterdir()
     with monkeypatch.context() as patched:
-        patched.setattr("editors.curvature_pairs.curvature_factors", lambda *_, **__: pytest.fail("made again"))
+        patched.setattr("editors.pruning.curvature_pairs.curvature_factors", lambda *_, **__: pytest.fail("made again"))
         again = editor(view, Request(text=TEXT))
     assert fresh.digest == first.digest == again.digest and fresh.provenance == again.provenance
     editor(view, Request(text=TEXT[:8]))

@@ -10,12 +10,12 @@ from tiny_tokenizers import TEXT, byte_level
 from torch.testing import assert_close
 
 from editors.base import Request
-from editors.batch_edit import Work
 from editors.checks import hands_off
-from editors.conflicts import refuse_alike, refuse_same
+from editors.facts.batch_edit import Work
+from editors.facts.conflicts import refuse_alike, refuse_same
+from editors.facts.keys_values import read_at, read_blocks_at
+from editors.facts.protected import rows_of_facts, rows_of_past
 from editors.hook_form import as_if
-from editors.keys_values import read_at, read_blocks_at
-from editors.protected import rows_of_facts, rows_of_past
 from editors.rewriters.alphaedit import AlphaEdit
 from editors.rewriters.emmet import Emmet
 from editors.rewriters.memit import Memit

@@ -10,10 +10,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from small_models import DTYPES, FORMS, OUT, bits, build, contents, deltas_for, look
 
-from editors.checkpoint import MANIFEST, apply_edit, undo_edit
 from editors.deltas import Dense
+from editors.disk.shards import INDEX, SINGLE, open_weights, read_header
 from editors.edit import Edit
-from editors.shards import INDEX, SINGLE, open_weights, read_header
+from editors.shipping.checkpoint import MANIFEST, apply_edit, undo_edit
 from memloc.errors import CheckpointError, MismatchError, TargetError
 from memloc.provenance import Provenance, digest_raw, digest_tensor
 from memloc.sites import OUTSIDE, Kind, Site
@@ -262,7 +262,7 @@ def test_no_model_library_is_needed(tmp_path):
     Edit.of(view, deltas_for(view, OUT), BY).save(tmp_path / "e.safetensors")
     paths = [str(tmp_path / name) for name in ("e.safetensors", "model", "out")]
     code = (
-        "import sys; from editors.edit import Edit; from editors.checkpoint import apply_edit; "
+        "import sys; from editors.edit import Edit; from editors.shipping.checkpoint import apply_edit; "
         "edit, *rest = sys.argv[1:]; "
         "apply_edit(Edit.load(edit), *rest); print('transformers' in sys.modules)"
     )

@@ -13,10 +13,10 @@ import torch
 from safetensors import safe_open
 
 from editors.binding import Touched
-from editors.checkpoint import apply_edit
 from editors.deltas import LowRank
+from editors.disk.shards import INDEX, open_weights
 from editors.edit import Edit
-from editors.shards import INDEX, open_weights
+from editors.shipping.checkpoint import apply_edit
 from memloc.architectures import Place
 from memloc.provenance import Provenance, digest_tensor
 from memloc.sites import Kind, Site
@@ -31,7 +31,7 @@ NAME = "model.layers.{}.mlp.down_proj.weight"
 MEASURED = """
 import sys
 from pathlib import Path
-from editors.checkpoint import apply_edit
+from editors.shipping.checkpoint import apply_edit
 from editors.edit import Edit
 
 def resident(which):

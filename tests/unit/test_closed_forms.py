@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from editors.closed_forms import Factor, NullSpace, charge, insert_pairs, rounded
-from editors.least_squares import solve_pair
+from editors.facts.closed_forms import Factor, NullSpace, charge, insert_pairs, rounded
+from editors.facts.least_squares import solve_pair
 from memloc.errors import InputError
 
 OUT, IN, N = 5, 23, 4

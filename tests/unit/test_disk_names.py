@@ -8,13 +8,13 @@ from safetensors.torch import load_file, save_file
 from small_models import bits, contents
 from zoo import CONFIGS, MIXTURES, build
 
-from editors import disk_names
 from editors.binding import Touched
-from editors.checkpoint import apply_edit, undo_edit
 from editors.deltas import Dense
-from editors.disk_names import Stored, by_loading, locate
+from editors.disk import disk_names
+from editors.disk.disk_names import Stored, by_loading, locate
+from editors.disk.shards import SINGLE, open_weights
 from editors.edit import Edit
-from editors.shards import SINGLE, open_weights
+from editors.shipping.checkpoint import apply_edit, undo_edit
 from memloc.architectures import Place
 from memloc.errors import CheckpointError
 from memloc.provenance import Provenance, digest_tensor

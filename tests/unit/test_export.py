@@ -10,11 +10,11 @@ import torch
 from small_models import OUT, bits, build, contents, delta_for, look
 from transformers import AutoModelForCausalLM, GenerationConfig
 
-from editors import model_card
-from editors.checkpoint import MANIFEST, apply_edit, undo_edit
 from editors.cli import main
 from editors.edit import Edit
-from editors.export import export_checkpoint
+from editors.shipping import model_card
+from editors.shipping.checkpoint import MANIFEST, apply_edit, undo_edit
+from editors.shipping.export import export_checkpoint
 from memloc.errors import ArtifactError, CheckpointError, MismatchError
 from memloc.provenance import Provenance
 from memloc.sites import Kind, Site

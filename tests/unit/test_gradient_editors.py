@@ -5,13 +5,9 @@ import torch
 import zoo
 from torch.testing import assert_close
 
-from editors.ball import Ball
-from editors.band import Band
 from editors.base import Request
 from editors.checks import check_inside, hands_off
 from editors.deltas import Dense, Sparse
-from editors.descent import working_copy
-from editors.keep import Keep, Source
 from editors.masks import weight_masks
 from editors.rewriters.constrained_fine_tune import ConstrainedFineTune
 from editors.rewriters.fine_tune import FineTune
@@ -20,9 +16,13 @@ from editors.rewriters.gradient_difference import GradientDifference
 from editors.rewriters.npo import Npo
 from editors.rewriters.rmu import Misdirect, Rmu
 from editors.rewriters.simnpo import Simnpo
-from editors.teaching import one_position_nll
-from editors.training import mean_logprob, numbered_cycle
-from editors.unlearning import reference_sums
+from editors.tuning.ball import Ball
+from editors.tuning.band import Band
+from editors.tuning.descent import working_copy
+from editors.tuning.keep import Keep, Source
+from editors.tuning.teaching import one_position_nll
+from editors.tuning.training import mean_logprob, numbered_cycle
+from editors.tuning.unlearning import reference_sums
 from memloc.errors import InputError
 from memloc.objectives import suffix_logprobs
 from memloc.passages import Fact, Facts, Passage, Passages, Prompt

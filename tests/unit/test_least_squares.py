@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from editors.least_squares import insert_pair, solve_pair, whiten
+from editors.facts.least_squares import insert_pair, solve_pair, whiten
 from memloc.errors import InputError
 
 OUT, IN = 5, 7

@@ -9,7 +9,7 @@ from editors.base import Request
 from editors.checks import check_editor
 from editors.masks import weight_masks
 from editors.pruners.neuron_dropout import NeuronDropout
-from editors.silencing import inputs, mean_inputs
+from editors.pruning.silencing import inputs, mean_inputs
 from memloc.errors import InputError
 from memloc.provenance import Provenance
 from memloc.scores import Selection, selected

@@ -7,10 +7,8 @@ import torch
 import zoo
 from torch.testing import assert_close
 
-from editors.activity import moments_at, root_mean_squares
 from editors.base import Request
 from editors.deltas import LowRank
-from editors.fisher_blocks import Blocks, Estimate, fisher_blocks
 from editors.pruners.balanced_subnet import BalancedSubnet
 from editors.pruners.durable import Durable
 from editors.pruners.greedy import Greedy
@@ -18,8 +16,10 @@ from editors.pruners.magnitude import Magnitude
 from editors.pruners.obs import Obs
 from editors.pruners.subnet import Subnet
 from editors.pruners.subspace import Subspace, contrasting
-from editors.prunings import allowed, how_many
-from editors.trained_masks import initial_scores, mixed_batches, row_weights
+from editors.pruning.activity import moments_at, root_mean_squares
+from editors.pruning.fisher_blocks import Blocks, Estimate, fisher_blocks
+from editors.pruning.prunings import allowed, how_many
+from editors.pruning.trained_masks import initial_scores, mixed_batches, row_weights
 from memloc.errors import InputError
 from memloc.sites import Kind, Site
 from memloc.view import ModelView

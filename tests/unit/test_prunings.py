@@ -20,8 +20,8 @@ from editors.pruners.obs import Obs
 from editors.pruners.random import Random
 from editors.pruners.subnet import Subnet
 from editors.pruners.subspace import Subspace
-from editors.prunings import highest, how_many, kept_rows
-from editors.silencing import drawn_inputs
+from editors.pruning.prunings import highest, how_many, kept_rows
+from editors.pruning.silencing import drawn_inputs
 from memloc.errors import InputError, ModelError
 from memloc.localizers.random import Random as RandomScores
 from memloc.provenance import Provenance

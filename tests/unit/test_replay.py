@@ -5,9 +5,9 @@ import torch
 import zoo
 from torch.testing import assert_close
 
-from editors.alternative import own_alternative
-from editors.keep import Keep, Source
-from editors.replay import _grams, recites, self_replay, token_pool
+from editors.tuning.alternative import own_alternative
+from editors.tuning.keep import Keep, Source
+from editors.tuning.replay import _grams, recites, self_replay, token_pool
 from memloc.batches import pad
 from memloc.errors import InputError
 from memloc.passages import Passage, Passages

@@ -8,9 +8,9 @@ from tiny_tokenizers import TEXT, byte_level
 
 from editors.base import Request
 from editors.checks import check_editor, hands_off
-from editors.contexts import Demand, Row, demand, sample, sample_prefixes
-from editors.keys_values import Descent, optimise_values, read_at
-from editors.own_words import namesakes, recalls
+from editors.facts.contexts import Demand, Row, demand, sample, sample_prefixes
+from editors.facts.keys_values import Descent, optimise_values, read_at
+from editors.facts.own_words import namesakes, recalls
 from editors.rewriters.rome import Rome
 from memloc.errors import InputError
 from memloc.moments import Moments, second_moments

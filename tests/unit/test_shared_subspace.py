@@ -8,7 +8,7 @@ from editors.base import Request
 from editors.checks import hands_off
 from editors.pruners.durable import Durable
 from editors.pruners.subspace import Subspace
-from editors.shared_subspace import chance_overlap, overlap, pruned, shared_subspace
+from editors.pruning.shared_subspace import chance_overlap, overlap, pruned, shared_subspace
 from memloc.errors import InputError
 from memloc.objectives import suffix_nll
 from memloc.passages import Passage, Passages

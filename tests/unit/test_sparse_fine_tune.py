@@ -7,13 +7,13 @@ import torch
 import zoo
 from torch.testing import assert_close
 
-from editors.alternative import own_alternative
 from editors.base import Request
 from editors.checks import check_editor, check_inside, hands_off
-from editors.descent import MaskedAdam, working_copy
 from editors.masks import weight_masks
 from editors.rewriters.sparse_fine_tune import SparseFineTune
-from editors.training import Stop, Term
+from editors.tuning.alternative import own_alternative
+from editors.tuning.descent import MaskedAdam, working_copy
+from editors.tuning.training import Stop, Term
 from memloc.errors import InputError
 from memloc.objectives import suffix_logprobs
 from memloc.passages import Fact, Facts, Passage, Passages, Prompt

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from editors.unlearning_losses import ascent, misdirection, npo, row_mean, row_sum, simnpo
+from editors.tuning.unlearning_losses import ascent, misdirection, npo, row_mean, row_sum, simnpo
 
 LENGTHS = (5, 1, 3)
 

@@ -13,15 +13,15 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from editors.band import Band
 from editors.base import Request
-from editors.descent import MaskedAdam, working_copy
 from editors.edit import Edit
-from editors.keep import Keep
-from editors.keeping import Keeping
 from editors.masks import Masks, Reach, digest, weight_masks
-from editors.training import Losses, Stop, counted_of, descend, numbered_cycle
-from editors.unlearning_losses import row_mean, row_sum
+from editors.tuning.band import Band
+from editors.tuning.descent import MaskedAdam, working_copy
+from editors.tuning.keep import Keep
+from editors.tuning.keeping import Keeping
+from editors.tuning.training import Losses, Stop, counted_of, descend, numbered_cycle
+from editors.tuning.unlearning_losses import row_mean, row_sum
 from memloc.errors import InputError
 from memloc.objectives import suffix_logprobs
 from memloc.passages import Passages

@@ -11,8 +11,8 @@ from typing import Any
 
 import torch
 
-from editors.training import counted_of, floor_of
-from editors.unlearning_losses import row_mean
+from editors.tuning.training import counted_of, floor_of
+from editors.tuning.unlearning_losses import row_mean
 from memloc.objectives import suffix_logprobs
 from memloc.passages import Passages
 from memloc.view import ModelView

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from editors.contexts import Demand, Row, check_context
+from editors.facts.contexts import Demand, Row, check_context
 from memloc.batches import pad
 from memloc.hooks import Side
 from memloc.sites import Kind, Site

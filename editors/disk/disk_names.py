@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from editors.shards import Weights
+from editors.disk.shards import Weights
 from memloc.errors import CheckpointError, ModelError
 
 

@@ -15,17 +15,17 @@ import torch
 from torch import Tensor
 
 from editors.base import Request
-from editors.closed_forms import Factor, Metric, charge, insert_pairs, rounded
-from editors.conflicts import refuse_alike, refuse_same
-from editors.contexts import Demand, Row, Token, check_context, demand, row_of, sample_prefixes
 from editors.deltas import Delta, LowRank, add
 from editors.edit import Edit
-from editors.growth import limited
+from editors.facts.closed_forms import Factor, Metric, charge, insert_pairs, rounded
+from editors.facts.conflicts import refuse_alike, refuse_same
+from editors.facts.contexts import Demand, Row, Token, check_context, demand, row_of, sample_prefixes
+from editors.facts.growth import limited
+from editors.facts.joint_values import optimise_jointly
+from editors.facts.keys_values import Descent, Values, chances, optimise_values, read_at, read_blocks_at
+from editors.facts.own_words import recalls, shared_ways
+from editors.facts.protected import NOTE, Protected, note_of, protected_rows, second_moment_at
 from editors.hook_form import as_if
-from editors.joint_values import optimise_jointly
-from editors.keys_values import Descent, Values, chances, optimise_values, read_at, read_blocks_at
-from editors.own_words import recalls, shared_ways
-from editors.protected import NOTE, Protected, note_of, protected_rows, second_moment_at
 from memloc import progress
 from memloc.errors import InputError
 from memloc.moments import Moments, second_moments

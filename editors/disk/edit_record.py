@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from editors.disk.shards import read_json
 from editors.patch import Survival
-from editors.shards import read_json
 from memloc.errors import CheckpointError
 from memloc.sites import Site
 

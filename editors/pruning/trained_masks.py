@@ -14,9 +14,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from editors.descent import working_copy
 from editors.masks import Masks
-from editors.prunings import highest
+from editors.pruning.prunings import highest
+from editors.tuning.descent import working_copy
 from memloc import progress
 from memloc.batches import Batch
 from memloc.errors import InputError, ModelError

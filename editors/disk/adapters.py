@@ -20,9 +20,9 @@ import torch
 from torch import Tensor
 
 from editors.deltas import Delta, LowRank
-from editors.edit_record import read_record
+from editors.disk.edit_record import read_record
+from editors.disk.shards import PICKLES, Entry, open_weights, read_header, read_json
 from editors.patch import DTYPES, dtype_name
-from editors.shards import PICKLES, Entry, open_weights, read_header, read_json
 from memloc.errors import CheckpointError, MismatchError
 from memloc.provenance import digest_raw, digest_tensor
 from memloc.sites import MAPS, Site

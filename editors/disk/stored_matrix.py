@@ -10,8 +10,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from editors.disk_names import Stored, locate
-from editors.shards import Entry, Weights, open_weights
+from editors.disk.disk_names import Stored, locate
+from editors.disk.shards import Entry, Weights, open_weights
 from memloc.architectures import Place
 from memloc.errors import CheckpointError
 from memloc.provenance import digest_parts

@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from editors.contexts import Row, Token, row_of, sample
 from editors.edit import Edit
-from editors.own_words import kin, namesakes
+from editors.facts.contexts import Row, Token, row_of, sample
+from editors.facts.own_words import kin, namesakes
 from memloc.batches import pad
 from memloc.passages import Fact, Facts, Passages
 from memloc.sites import Site

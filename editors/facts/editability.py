@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from editors.layer_choice import Sweep
+from editors.facts.layer_choice import Sweep
 from memloc.errors import InputError, MismatchError
 from memloc.results.agreement import by_layer
 from memloc.scores import Localization

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from editors.contexts import sample
+from editors.facts.contexts import sample
 from memloc.batches import pad
 from memloc.passages import Fact, Prompt, decode, encode
 from memloc.sites import OUTSIDE, Kind, Site

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from editors.descent import MaskedAdam
+from editors.tuning.descent import MaskedAdam
 from memloc import progress
 from memloc.batches import Batch
 from memloc.objectives import suffix_logprobs

@@ -23,14 +23,14 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from editors import model_card
-from editors.adapters import CONFIG, EMBEDDING, LINEAR, PREFIX, TENSORS
 from editors.binding import Touched
-from editors.checkpoint import Written, apply_edit, expect_base
 from editors.deltas import LowRank
+from editors.disk.adapters import CONFIG, EMBEDDING, LINEAR, PREFIX, TENSORS
+from editors.disk.edit_record import record_of, write_record
+from editors.disk.stored_matrix import experts_of
 from editors.edit import Edit
-from editors.edit_record import record_of, write_record
-from editors.stored_matrix import experts_of
+from editors.shipping import model_card
+from editors.shipping.checkpoint import Written, apply_edit, expect_base
 from memloc.errors import InputError, ModelError
 from memloc.sites import ALL, Kind, Site
 from memloc.store import fresh_folder

@@ -9,14 +9,14 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from editors.alternative import own_alternative
 from editors.base import Request
-from editors.contexts import demand, sample_prefixes
-from editors.descent import MaskedAdam
-from editors.keeping import Keeping
+from editors.facts.contexts import demand, sample_prefixes
 from editors.masks import Masks, Reach
-from editors.training import Losses, Stop, counted_of, cycle, descend
-from editors.unlearning_losses import row_mean
+from editors.tuning.alternative import own_alternative
+from editors.tuning.descent import MaskedAdam
+from editors.tuning.keeping import Keeping
+from editors.tuning.training import Losses, Stop, counted_of, cycle, descend
+from editors.tuning.unlearning_losses import row_mean
 from memloc.batches import Batch
 from memloc.errors import InputError
 from memloc.objectives import suffix_logprobs

@@ -13,8 +13,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from editors.contexts import Demand, check_context
-from editors.keys_values import Descent, Stage, Values, adam
+from editors.facts.contexts import Demand, check_context
+from editors.facts.keys_values import Descent, Stage, Values, adam
 from memloc import progress
 from memloc.view import ModelView
 

@@ -25,14 +25,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from editors import model_card
 from editors.binding import Found, Touched
-from editors.disk_names import locate
+from editors.disk.disk_names import locate
+from editors.disk.edit_record import MANIFEST, read_record, record_of, write_record
+from editors.disk.shards import INDEX, PICKLES, Entry, Weights, open_weights
+from editors.disk.stored_matrix import Matrix, stored_matrix
 from editors.edit import Edit
-from editors.edit_record import MANIFEST, read_record, record_of, write_record
 from editors.patch import DTYPES, Survival
-from editors.shards import INDEX, PICKLES, Entry, Weights, open_weights
-from editors.stored_matrix import Matrix, stored_matrix
+from editors.shipping import model_card
 from memloc.errors import CheckpointError, MismatchError
 from memloc.provenance import digest_raw
 from memloc.sites import Kind, Site

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from editors.base import Request
-from editors.keep import Keep, Source
-from editors.replay import Replay, self_replay, token_pool
+from editors.tuning.keep import Keep, Source
+from editors.tuning.replay import Replay, self_replay, token_pool
 from memloc.errors import InputError
 from memloc.passages import Passages
 from memloc.view import ModelView

@@ -1,0 +1,1 @@
+"""Checkpoint folders and adapters as they lie on disk, read strictly."""

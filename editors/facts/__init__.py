@@ -1,0 +1,1 @@
+"""What rewriters of facts share: keys, values and closed forms."""

@@ -1,0 +1,1 @@
+"""What pruners share: budgets, ranks and masks."""
