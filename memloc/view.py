@@ -84,9 +84,9 @@ class ModelView:
         self.vocab = int(self.config.vocab_size)
         self.context: int | None = getattr(self.config, "max_position_embeddings", None)
         self._modules: dict[str, Any] = dict(model.named_modules())
-        first: dict[int, str] = {}
+        self._first: dict[int, str] = {}
         every = model.named_parameters(remove_duplicate=False)
-        self._names = {name: first.setdefault(id(parameter), name) for name, parameter in every}
+        self._names = {name: self._first.setdefault(id(parameter), name) for name, parameter in every}
         self._check_parameters()
         self.widths = tuple(self._width(layer) for layer in range(self.layers))
         self.head_width = int(self.weight(Site(0, Kind.ATTN_OUT)).shape[1]) // self.heads
@@ -289,8 +289,10 @@ class ModelView:
 
     def place(self, site: Site) -> Place:
         """Where the weight of `site` lies: parameter name, orientation, rows of a fused matrix."""
-        self.parameter(site)
-        name = self._names[f"{self._path(site)}.{self._held(site)}"]
+        # By path, for an offloaded parameter is another object at every call; a wrapped map shows one that is not its
+        # own by name, which only the object tells.
+        path, held = f"{self._path(site)}.{self._held(site)}", self.parameter(site)
+        name = self._names.get(path) or self._first[id(held)]
         if self._of_experts(site):
             return self._place_of_experts(site, name)
         transposed = self.row.stored_in_out and site.kind.in_block and site.kind.is_map and not site.bias
