@@ -14,7 +14,7 @@ from editors.tuning.descent import working_copy
 from editors.tuning.hypernet import Hypernet, Trained, answered, changed, signal
 from memloc import progress
 from memloc.batches import pad
-from memloc.errors import InputError, MismatchError
+from memloc.errors import InputError, MismatchError, ModelError
 from memloc.passages import Fact, Facts, Passage, Passages
 from memloc.provenance import Provenance, settings_of
 from memloc.sites import kinds_named
@@ -110,6 +110,10 @@ class Training:
         sites = [site for site in view.sites(*kinds_named(self.kinds)) if site.layer in last]
         if not sites:
             raise InputError(f"no map of {self.kinds} in the last {self.last} layers")
+        for site in sites:
+            if site.kind.of_experts and view.experts(site.layer):
+                raise ModelError(f"{site}: a mixture's experts, each of which sees its own tokens only; mend learns to "
+                                 "edit dense maps (--kinds attn.out)")  # fmt: skip
         sizes = {site: (int(view.weight(site).shape[0]), int(view.weight(site).shape[1])) for site in sites}
         net = Hypernet(sizes, rank=self.rank, alpha=self.alpha, seed=self.seed)
         asked = facts.as_passages("new")

@@ -101,13 +101,13 @@ def main() -> None:
                 scores = {site: scored.scores[site][row] for site in view.sites(Kind.MLP_OUT)}
                 edit = NeuronDropout()(view, Request(selection=chosen(scores, how, given.neurons, generator)))
                 with edit.apply(view):
-                    after = chances(view, known)
-                own.append(float(after[row]))
-                others.append(float(after[torch.arange(len(known)) != row].mean()))
+                    said = chances(view, known)
+                own.append(float(said[row]))
+                others.append(float(said[torch.arange(len(known)) != row].mean()))
             told.append(float(before.mean()) - statistics.mean(own))
             lost = sum(value < 0.5 for value in own)
-            print(f"{seed:4}  {how:7}  {before.mean():10.3f}  {statistics.mean(own):9.3f}  {statistics.mean(others):12.3f}"
-                  f"  {lost} of {len(known)}")  # fmt: skip
+            after, rest = statistics.mean(own), statistics.mean(others)
+            print(f"{seed:4}  {how:7}  {before.mean():10.3f}  {after:9.3f}  {rest:12.3f}  {lost} of {len(known)}")
     print({how: round(statistics.mean(found), 3) for how, found in drops.items()}, "mean fall of the own answer")
 
 
