@@ -103,7 +103,11 @@ DEFAULTS: Mapping[str, Case] = {
     "layernorm-removal": Case(LayernormRemoval(), (), hooks=False, refuses={"olmo": "no gains or biases"}),
     "forget-passage": Case(ForgetPassage(rounds=2, tries=3, replay=8, kinds="mlp.out", protect=4)),
     "knowledge-neuron-surgery": Case(KnowledgeNeuronSurgery(), ("facts",), grain="neuron"),
-    "mend": Case(lambda view, folder: trained_mend(view, folder), ("facts",)),
+    "mend": Case(
+        lambda view, folder: trained_mend(view, folder),
+        ("facts",),
+        refuses=dict.fromkeys(zoo.MIXTURES, "mixture's experts"),
+    ),
     "ultraedit": Case(UltraEdit(lr=1e-2), ("facts",)),
     "balanced-subnet": Case(BalancedSubnet(share=0.1, epochs=1)),
     "durable": Case(Durable(share=0.05)),
