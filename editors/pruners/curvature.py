@@ -84,6 +84,7 @@ class Curvature:
             InputError: no ordinary text, no passages where the aim is "forget", no map left to prune, or nothing flat
                 enough to go.
         """
+        view.need_causal("the method lives on what a token cannot hear")
         text = request.text or request.retain
         if not text:
             raise InputError("curvature: ordinary text (or passages to retain) is needed to measure it on")

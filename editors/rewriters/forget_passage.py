@@ -133,6 +133,7 @@ class ForgetPassage:
 
     def __call__(self, view: ModelView, request: Request) -> Edit:
         """The edit; the view's model is untouched. Uses all of the request but `facts` and `past`."""
+        view.need_causal("the method lives on what a token cannot hear")
         targets = request.need_forget()
         sites = self._sites(view, request.selection)
         _check_apart(targets, request.retain)

@@ -46,6 +46,7 @@ class Memit(BatchEditor):
 
         Uses `facts`, `text` (ordinary text, for the moments), `retain`, `keep_facts`, `past` and `seed`.
         """
+        view.need_causal("the method lives on what a token cannot hear")
         return self.edited(view, request)
 
     @classmethod

@@ -116,6 +116,7 @@ class Rome:
 
         Uses `facts`, `text` (ordinary text, for the moments), `retain` (protected) and `seed` of the request.
         """
+        view.need_causal("the method lives on what a token cannot hear")
         facts = request.need_facts()
         self._check()
         layers = self._layers(view)

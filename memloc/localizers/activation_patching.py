@@ -77,6 +77,7 @@ class ActivationPatching:
         Raises:
             InputError: no passages, one the model cannot take (named), or no contrast where one is needed.
         """
+        view.need_causal("the method lives on what a token cannot hear")
         if not passages:
             raise InputError("activation-patching: no passages given")
         swept = self._sweep(view, self._places(view), passages, contrast)

@@ -69,6 +69,7 @@ class CausalTrace:
         Raises:
             InputError: no passages, one the model cannot take (named), or no contrast where one is needed.
         """
+        view.need_causal("the method lives on what a token cannot hear")
         if not passages:
             raise InputError("causal-trace: no passages given")
         swept = self._sweep(view, self._places(view), passages, contrast)

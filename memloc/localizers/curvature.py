@@ -85,6 +85,7 @@ class Curvature:
         Raises:
             InputError: no passages, fewer than two of ordinary text, or kinds the grain cannot use.
         """
+        view.need_causal("the method lives on what a token cannot hear")
         if not passages:
             raise InputError("curvature: no passages given")
         text, rest = self._split(contrast)

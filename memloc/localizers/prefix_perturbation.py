@@ -73,6 +73,7 @@ class PrefixPerturbation:
         Raises:
             InputError: no passages, or one the model cannot take (named).
         """
+        view.need_causal("the method lives on what a token cannot hear")
         if not passages:
             raise InputError("prefix-perturbation: no passages given")
         lengths = tuple(len(item.ids) for item in passages)

@@ -49,10 +49,17 @@ MASK = 3
 WORDS = "[PAD] [UNK] [CLS] [MASK] [SEP] paris is the capital of france city in rome big . ,"
 CAUSAL_LOCALIZERS = {"activation-patching", "causal-trace", "curvature", "ffn-memory", "prefix-perturbation"}
 CAUSAL_EDITORS = {"alphaedit", "curvature", "emmet", "forget-passage", "memit", "rome"}
-KEEPING = {"gradient-difference", "npo", "rmu", "simnpo", "sparse-fine-tune"}
-"""Editors that keep by replay or by rows read from left to right, unless they are told not to."""
-UNPLACED = {"fuse", "task-vector"}
-"""Editors of every parameter: BERT's token types and its head's transform are at no site."""
+LOCALIZE = {
+    "activation", "activation-gradient", "attention-bypass", "attribution-patching", "grad-activation", "hard-concrete",
+    "integrated-gradients", "knowledge-neurons", "layer-retrain", "layer-rewind", "logit-lens", "outlier-set",
+    "participation-ratio", "random", "rare-token-heads", "slimming", "weight-gradient", "zero-out",
+}  # fmt: skip
+EDIT = {
+    "balanced-subnet", "constrained-fine-tune", "durable", "fine-tune", "gradient-ascent", "greedy", "head-dropout",
+    "knowledge-neuron-surgery", "layer-rewind", "layernorm-removal", "magnitude", "neuron-dropout", "obs", "random",
+    "subnet", "subspace", "svd", "ultraedit",
+}  # fmt: skip
+"""Methods that have to work; any other works, or refuses in one line."""
 
 
 @pytest.fixture(scope="module")
@@ -141,8 +148,9 @@ def test_check_prints_the_map_and_what_can_be_done(view, tmp_path, capsys):
     assert edit_main(["check", str(tmp_path), "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert found["reads"].startswith("both ways") and found["heads"] == 3
-    assert {name for name, told in found["localizers"].items() if told is not True} == CAUSAL_LOCALIZERS
-    assert {name for name, told in found["editors"].items() if told is not True} == CAUSAL_EDITORS
+    for kind, ruled_out, sure in (("localizers", CAUSAL_LOCALIZERS, LOCALIZE), ("editors", CAUSAL_EDITORS, EDIT)):
+        refused = {name for name, told in found[kind].items() if told is not True}
+        assert ruled_out <= refused and not refused & sure
     assert {entry["kind"] for entry in found["maps"]} == {str(kind) for kind in view.kinds}
 
 
@@ -293,15 +301,27 @@ ONCE = {"layer-retrain", "layer-rewind"}
 def test_every_localizer_passes_the_battery_or_says_why_not(name, view, tmp_path):
     reason, items = refusal(LOCALIZERS[name], view), zoo.cloze(3)
     localizer = dataclasses.replace(cases.made(name, view, tmp_path), **QUICK.get(name, {}))
-    assert (reason is not None) == (name in CAUSAL_LOCALIZERS)
     if name in ONCE:
         assert len(localizer(view, items, contrast=zoo.cloze(2, seed=9)).scores) > 0
-    elif reason is None:
+    elif name in LOCALIZE:
         check_localizer(localizer, view, items, contrast=zoo.cloze(2, seed=9))
+    elif reason is None:
+        one_line(lambda: localizer(view, items, contrast=zoo.cloze(2, seed=9)))
     else:
-        with hands_off(view), pytest.raises((ModelError, InputError)) as error:
-            localizer(view, items, contrast=zoo.cloze(2, seed=9))
-        assert "\n" not in str(error.value)
+        short = Passages(tuple(dataclasses.replace(item, suffix=item.suffix[:1]) for item in items))
+        for given in (items, short):
+            with hands_off(view), pytest.raises(ModelError):
+                localizer(view, given, contrast=zoo.cloze(2, seed=9))
+
+
+def one_line(run):
+    """Runs, or says why not in one line; whether it ran."""
+    try:
+        run()
+    except (ModelError, InputError) as error:
+        assert "\n" not in str(error)
+        return False
+    return True
 
 
 @pytest.mark.parametrize(
@@ -388,14 +408,19 @@ def test_attention_is_read_both_ways(exact):
 @pytest.mark.parametrize("name", sorted(EDITORS))
 def test_every_editor_keeps_its_promises_or_says_why_not(name, tmp_path):
     view = ModelView.open(zoo.build("bert"))
+    ran = one_line(
+        lambda: check_editor(editor_cases.made(name, view, tmp_path), view, editor_cases.request(name, view), tmp_path)
+    )
+    assert ran or name not in EDIT
+    assert not (ran and refusal(EDITORS[name], view))
+
+
+@pytest.mark.parametrize("name", sorted(CAUSAL_EDITORS))
+def test_editors_that_live_on_causality_refuse_at_once(name, tmp_path):
+    view = ModelView.open(zoo.build("bert"))
     editor, asked = editor_cases.made(name, view, tmp_path), editor_cases.request(name, view)
-    assert (refusal(EDITORS[name], view) is not None) == (name in CAUSAL_EDITORS)
-    if name not in CAUSAL_EDITORS | KEEPING | UNPLACED:
-        check_editor(editor, view, asked, tmp_path)
-        return
-    with hands_off(view), pytest.raises((ModelError, InputError)) as error:
+    with hands_off(view), pytest.raises(ModelError, match="BERT reads both ways, and the method lives on"):
         editor(view, asked)
-    assert "\n" not in str(error.value)
 
 
 def test_the_hook_form_says_what_the_edit_says(exact):
