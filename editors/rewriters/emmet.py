@@ -13,7 +13,7 @@ from editors.facts.batch_edit import BatchEditor
 from editors.facts.closed_forms import Factor
 from editors.facts.published import plain, preset
 from memloc.errors import InputError
-from memloc.view import ModelView
+from memloc.view import ModelView, left_to_right
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,6 +39,7 @@ class Emmet(BatchEditor):
 
     slack: float = 0.0
     name: ClassVar[str] = "emmet"
+    refuses = staticmethod(left_to_right)
 
     def __call__(self, view: ModelView, request: Request) -> Edit:
         """The edit that makes all of the request's facts so; the model is as it was, to the bit.

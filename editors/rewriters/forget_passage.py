@@ -25,7 +25,7 @@ from memloc.passages import Passage, Passages
 from memloc.provenance import Provenance, settings_of
 from memloc.scores import Selection
 from memloc.sites import Grain, Site, kinds_named
-from memloc.view import ModelView
+from memloc.view import ModelView, left_to_right
 
 FULL_STEPS = 2
 """Rounds that go all the way; later ones go part of it, because each solve holds to first order only."""
@@ -105,6 +105,7 @@ class ForgetPassage:
     pull_damping: float = 0.02
     ridge: float = 1e-3
     batch_size: int = 64
+    refuses = staticmethod(left_to_right)
 
     def __post_init__(self) -> None:
         for name in ("rank", "positions", "tries", "rounds", "replay_ngram", "batch_size"):

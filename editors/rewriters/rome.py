@@ -24,7 +24,7 @@ from memloc.moments import Moments, second_moments
 from memloc.passages import Fact, Passages, Prompt
 from memloc.provenance import Provenance, digest_tensor, settings_of
 from memloc.sites import Kind, Site
-from memloc.view import ModelView
+from memloc.view import ModelView, left_to_right
 
 TRIAL_LENGTHS = 5, 10
 TRIALS = 4
@@ -108,6 +108,8 @@ class Rome:
             "weight_decay": 0.5, "damping": 0.0, "samples": 10, "namesakes": 0, "protect": 0.0, "recalls": 0, **changes,
         }  # fmt: skip
         return cls(**settings)
+
+    refuses = staticmethod(left_to_right)
 
     def __call__(self, view: ModelView, request: Request) -> Edit:
         """The edit that makes all of the request's facts so; the model is as it was, to the bit.
