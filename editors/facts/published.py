@@ -45,6 +45,7 @@ PRESETS = {
 }
 """Of the authors' repositories and, for Llama 2 and Mistral, EasyEdit."""
 
+
 class PmetPreset(NamedTuple):
     """One model's settings of PMET, named as those of `Preset`."""
 

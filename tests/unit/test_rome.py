@@ -125,7 +125,7 @@ def test_several_facts_are_one_edit_equal_to_one_after_the_other(view, facts):
     both = rome(view, Request(facts=facts))
     first = rome(view, Request(facts=facts[:1]))
     with first.apply(view):
-        second = rome(view, Request(facts=facts[1:]))
+        second = rome(view, Request(facts=facts[1:], past=(first,)))
     site = Site(1, Kind.MLP_OUT)
     wanted = first.deltas[site].dense() + second.deltas[site].dense()
     torch.testing.assert_close(both.deltas[site].dense(), wanted, rtol=1e-4, atol=1e-5 * float(wanted.abs().max()))
@@ -154,6 +154,7 @@ def test_ingredients_given_from_outside_win(view, facts):
         "prefixes": ("the mat", "café"),
         "namesakes": 0,
         "recalls": 0,
+        "sentences": 0,
         "steps": 5,
     }
     request = Request(facts=facts[:1], seed=9)
@@ -180,7 +181,7 @@ def test_variants_differ_in_their_keys_and_in_nothing_else(view, facts):
     site, prefixes = Site(1, Kind.MLP_OUT), ("the mat", "the log", "Paris")
     moment = second_moments(view, ordinary(view), [site])
     shared = {"layer": 1, "token": "prompt-last", "prefixes": prefixes, "moment": moment, "damping": 0.01, "bare": None,
-              "namesakes": 0, "recalls": 0, "steps": 8}  # fmt: skip
+              "namesakes": 0, "recalls": 0, "sentences": 0, "steps": 8}  # fmt: skip
     asked = demand(facts[0], view.tokenizer, prefixes, "prompt-last", essence=False)
     keys = read_at(view, [site], asked.prompts)[site]
     bare, mean = keys[0], keys.mean(0)
@@ -204,7 +205,8 @@ def test_variants_differ_in_their_keys_and_in_nothing_else(view, facts):
 def test_without_prefixes_all_variants_are_one(view, facts):
     site = Site(1, Kind.MLP_OUT)
     moment = second_moments(view, ordinary(view), [site])
-    given = {"layer": 1, "token": "subject-last", "prefixes": (), "recalls": 0, "namesakes": 0, "steps": 5}
+    given = {"layer": 1, "token": "subject-last", "prefixes": (), "recalls": 0, "namesakes": 0, "sentences": 0,
+             "steps": 5}  # fmt: skip
     made = [
         Rome(**given, variant=variant, moment=moment)(view, Request(facts=facts[:1])).deltas[site].dense()
         for variant in ("consistent", "prompt-only", "2022")
