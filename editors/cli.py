@@ -3,31 +3,26 @@
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from editors.methods import EDITORS
-from editors.verbs import editability, export, sweep, verify
+from editors.verbs import edit, editability, export, sweep, train_mend, verify
 from editors.verbs.export import print_written
 from memloc import cli as looking
 from memloc import command, processes
 from memloc.command import Verb, common, out
-from memloc.errors import InputError, MemlocError
-from memloc.flags import DataFile
+from memloc.errors import MemlocError
 from memloc.methods import LOCALIZERS, MEASURES
 from memloc.terminal import Terminal, complain
 from memloc.verbs import check
 
 if TYPE_CHECKING:
-    from editors.base import Request
-    from editors.edit import Edit
-    from memloc.scores import Selection
-    from memloc.view import ModelView
+    pass
 
 ABOUT = """memloc finds where a transformer language model keeps what it has memorized, and changes those weights.
 
@@ -66,98 +61,6 @@ def _list(arguments: argparse.Namespace, terminal: Terminal) -> None:
 
 def _check(arguments: argparse.Namespace, terminal: Terminal) -> None:
     check.run(arguments, terminal, (LOCALIZERS, EDITORS))
-
-
-def _edit_flags(parser: argparse.ArgumentParser) -> None:
-    common(parser, "model", "passages", "retain", "text", "facts", "localization", "fraction", "count", "per")
-    common(parser, "prefix", "suffix", "seed")
-    parser.add_argument("--keep-facts", type=DataFile.parse, metavar="FILE", help="facts the model should go on saying")
-    parser.add_argument(
-        "--past", type=Path, nargs="*", default=[], metavar="EDIT", help="edits the model holds already, in order"
-    )
-    parser.add_argument(
-        "--rounding",
-        choices=["nearest", "stochastic"],
-        default="nearest",
-        help="how to cast to the stored dtype; stochastic keeps small changes of bfloat16 weights (default: nearest)",
-    )
-    out(parser, "edit.safetensors", required=True)
-    parser.add_argument(
-        "--control",
-        action=argparse.BooleanOptionalAction,
-        default=True,
-        help="with --localization: also make the edit of a random selection of equal size (NAME.control.safetensors)",
-    )
-
-
-def _edit(arguments: argparse.Namespace, terminal: Terminal) -> None:
-    from editors.base import Request
-    from editors.edit import Edit
-
-    view = command.open_view(arguments)
-    request = Request(
-        forget=command.read_passages(arguments.passages, view, arguments),
-        retain=command.read_passages(arguments.retain, view, arguments),
-        text=command.read_text(arguments.text, view),
-        facts=command.read_facts(arguments.facts, view),
-        keep_facts=command.read_facts(arguments.keep_facts, view),
-        past=tuple(Edit.load(path) for path in arguments.past),
-        selection=_selection(arguments, view),
-        seed=arguments.seed,
-    )
-    made = {"edit": _make(arguments, view, request, arguments.out, terminal)}
-    if request.selection is not None and arguments.control:
-        matched = replace(request, selection=request.selection.random_like(arguments.seed))
-        path = arguments.out.with_suffix(f".control{arguments.out.suffix}")
-        made["control"] = _make(arguments, view, matched, path, terminal)
-    if request.forget is not None:
-        terminal.note(f"gone or only hidden? {verify.suggestion(arguments)}")
-    terminal.result(made)
-
-
-def _selection(arguments: argparse.Namespace, view: ModelView) -> Selection | None:
-    from memloc.errors import MismatchError
-    from memloc.scores import Localization
-
-    if arguments.localization is None:
-        if arguments.fraction is not None or arguments.count is not None:
-            raise InputError("--fraction and --count choose from a --localization; none was given")
-        return None
-    found = Localization.load(arguments.localization)
-    digest = view.digest
-    if found.provenance.inputs.get("model") not in (None, digest):
-        raise MismatchError(
-            f"{arguments.localization} was made on another model than {view.name}; localize on this one"
-        )
-    return found.top(arguments.count, fraction=arguments.fraction, per=arguments.per)
-
-
-def _make(arguments: argparse.Namespace, view: ModelView, request: Request, path: Path, terminal: Terminal) -> Any:
-    edit: Edit = arguments.method(view, request)
-    if arguments.rounding != edit.rounding:
-        edit = replace(edit, rounding=arguments.rounding, rounding_seed=arguments.seed).rebased(view)
-    edit.save(path)
-    print_edit(edit, path, terminal)
-    return {"file": str(path), "bytes": path.stat().st_size, **edit.summary()}
-
-
-def print_edit(edit: Edit, path: Path, terminal: Terminal) -> None:
-    """Sites, sizes and what the cast to the stored dtype left of them."""
-    rows = []
-    for site, norm in edit.norms.items():
-        left = edit.survived.get(site)
-        rows.append(
-            [str(site), type(edit.deltas[site]).__name__, norm, *([left.error, left.share] if left else [None] * 2)]
-        )
-    size = path.stat().st_size
-    terminal.table(
-        f"{path}: {edit.provenance.method}, {edit.count} entries touched, {size:,} bytes",
-        ["site", "form", "norm", "lost in rounding", "share of entries changed"],
-        rows,
-    )
-    for key, value in edit.notes.items():
-        text = json.dumps(value, ensure_ascii=False)
-        terminal.note(f"{key}: {text if len(text) <= 200 else text[:200] + ' …'}")
 
 
 def _apply_flags(parser: argparse.ArgumentParser) -> None:
@@ -202,7 +105,8 @@ def verbs() -> tuple[Verb, ...]:
     return (
         Verb("list", "every localizer, editor and measure", _list_flags, _list),
         *looks,
-        Verb("edit", "compute an edit; no checkpoint is written", _edit_flags, _edit, EDITORS),
+        Verb("edit", "compute an edit, and verify it; no checkpoint is written", edit.flags, edit.run, EDITORS),
+        Verb("train-mend", "train the network that `memloc edit mend` needs", train_mend.flags, train_mend.run),
         Verb("apply", "write a checkpoint folder with an edit in it", _apply_flags, _apply),
         Verb("undo", "write the checkpoint folder as it was before an edit", _apply_flags, _undo),
         Verb(

@@ -25,6 +25,7 @@ EDITORS = Registry(
         "layernorm-removal": "editors.pruners.layernorm_removal:LayernormRemoval",
         "magnitude": "editors.pruners.magnitude:Magnitude",
         "memit": "editors.rewriters.memit:Memit",
+        "mend": "editors.rewriters.mend:Mend",
         "neuron-dropout": "editors.pruners.neuron_dropout:NeuronDropout",
         "npo": "editors.rewriters.npo:Npo",
         "obs": "editors.pruners.obs:Obs",

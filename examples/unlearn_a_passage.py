@@ -107,5 +107,5 @@ figures = {
 figures
 
 # %% [markdown]
-# "Not recited any more" is not "gone": look at the log-probability too, try other prefixes, and train a little on
-# related text to see whether it comes back. For a page with all figures and their intervals, see `memloc report`.
+# "Not recited any more" is not "gone": look at the log-probability too, and let `memloc verify` ask in a dozen ways
+# (in the demo's model it found targets again). For a page with all figures and their intervals, see `memloc report`.

@@ -103,6 +103,8 @@ class Row:
         norm_offset: what a norm's stored weight lacks to its gain (1 where it is stored as the gain less 1).
         added: kind (`attn.out`, `mlp.out`) to path, inside a block, of the norm its output passes before it is added
             to the stream; nothing where it is added as it is.
+        summed: kind (`attn.out`, `mlp.out`) to path, inside a block, of the norm that the sum of the stream and the
+            map's output passes to become the stream (post-LN); nothing where the sum is the stream.
         inner: kind (`attn.q`, `attn.k`) to path, inside a block, of the norm its output passes, where models have one.
         position: path of the embedding of positions, where they have one.
         embed_norm: path of the norm behind the token embedding, where they have one.
@@ -110,6 +112,10 @@ class Row:
             row that fits is taken.
         experts: where the maps of the experts are, in families with such blocks; `maps` then tells where dense blocks
             have theirs, if there are any.
+        causal: a token hears those before it only, and the model says what comes next. Otherwise tokens hear both ways,
+            and the model says what stands where a mask token is (a masked language model).
+        transform: `final_norm` is no norm but a whole map, function and norm, which the model runs behind its base.
+        attention: path, inside a block, of the module that does all of attention; by default the one around `attn.out`.
         overwrites: blocks add in place, onto what one of their maps put out.
         found: the row was not in the table but found in the model's calls.
     """
@@ -126,11 +132,15 @@ class Row:
     norms: Mapping[Kind, str] = field(default_factory=dict)
     norm_offset: float = 0.0
     added: Mapping[Kind, str] = field(default_factory=dict)
+    summed: Mapping[Kind, str] = field(default_factory=dict)
     inner: Mapping[Kind, str] = field(default_factory=dict)
     position: str | None = None
     embed_norm: str | None = None
     when: Mapping[str, Any] = field(default_factory=dict)
     experts: Experts | None = None
+    causal: bool = True
+    transform: bool = False
+    attention: str | None = None
     overwrites: bool = False
     found: bool = False
 
@@ -150,8 +160,8 @@ class Row:
             Kind.MLP_NORM: None if second == first else second,
             Kind.ATTN_QNORM: self.inner.get(Kind.ATTN_Q),
             Kind.ATTN_KNORM: self.inner.get(Kind.ATTN_K),
-            Kind.ATTN_OUTNORM: self.added.get(Kind.ATTN_OUT),
-            Kind.MLP_OUTNORM: self.added.get(Kind.MLP_OUT),
+            Kind.ATTN_OUTNORM: self.added.get(Kind.ATTN_OUT, self.summed.get(Kind.ATTN_OUT)),
+            Kind.MLP_OUTNORM: self.added.get(Kind.MLP_OUT, self.summed.get(Kind.MLP_OUT)),
             Kind.NORM: self.final_norm,
             Kind.EMBED_NORM: self.embed_norm,
             Kind.POSITION: self.position,
@@ -438,6 +448,30 @@ ROWS: tuple[Row, ...] = (
         embed="transformer.word_embeddings",
         embed_norm="transformer.word_embeddings_layernorm",
         norms=_normed("input_layernorm", "post_attention_layernorm"),
+    ),
+    Row(
+        # Norms stand behind the sums, so maps read the stream itself: no `norms`.
+        family="BERT",
+        model_types=("bert",),
+        when={"is_decoder": False},
+        blocks="bert.encoder.layer",
+        maps={
+            Kind.ATTN_Q: "attention.self.query",
+            Kind.ATTN_K: "attention.self.key",
+            Kind.ATTN_V: "attention.self.value",
+            Kind.ATTN_OUT: "attention.output.dense",
+            Kind.MLP_IN: "intermediate.dense",
+            Kind.MLP_OUT: "output.dense",
+        },
+        summed={Kind.ATTN_OUT: "attention.output.LayerNorm", Kind.MLP_OUT: "output.LayerNorm"},
+        final_norm="cls.predictions.transform",
+        transform=True,
+        unembed="cls.predictions.decoder",
+        embed="bert.embeddings.word_embeddings",
+        embed_norm="bert.embeddings.LayerNorm",
+        position="bert.embeddings.position_embeddings",
+        attention="attention",
+        causal=False,
     ),
 )
 """The table. Facts verified on tiny random models in tests/tiny."""

@@ -168,7 +168,7 @@ class _Calls:
         for name, other in self.model.named_modules():
             if other is module:
                 return str(name)
-        raise ModelError("the model names no embedding, or no unembedding, of its own; is it a causal language model?")
+        raise ModelError("the model names no embedding, or no unembedding, of its own; is it a language model?")
 
 
 @dataclass(frozen=True)

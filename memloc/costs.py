@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
 from memloc import hooks
-from memloc.batches import batches
+from memloc.batches import batches, length_read
 from memloc.passages import Passages
 from memloc.view import ModelView
 
@@ -52,7 +52,7 @@ class Cost:
 
     def told(self, view: ModelView, passages: Passages) -> str:
         """One line for people, in passes over all the passages."""
-        whole = max(1, view.layers * sum(len(item.ids) for item in passages))
+        whole = max(1, view.layers * sum(length_read(item, view.mask_token) for item in passages))
         bound = "" if self.bound == "exact" else f"{self.bound} "
         ways = [f"{bound}{_round(self.forward / whole)} forward"]
         ways += [f"{_round(self.backward / whole)} backward"] if self.backward else []
@@ -62,12 +62,12 @@ class Cost:
 
 def block_tokens(view: ModelView, passages: Passages, *, size: int) -> int:
     """Block-tokens of one forward over `passages` in batches of `size`, padding counted as it is run."""
-    return view.layers * sum(batch.ids.numel() for batch in batches(passages, size=size))
+    return view.layers * sum(batch.ids.numel() for batch in batches(passages, size=size, cloze=view.mask_token))
 
 
 def widest(passages: Passages, *, size: int) -> tuple[int, int]:
-    """Rows and tokens of the largest batch."""
-    shapes = [batch.ids.shape for batch in batches(passages, size=size)]
+    """Rows and tokens of the largest batch, what stands behind suffixes counted."""
+    shapes = [batch.ids.shape for batch in batches(passages, size=size, cloze=0)]
     rows, tokens = max(shapes, key=lambda shape: shape[0] * shape[1])
     return rows, tokens
 

@@ -156,6 +156,16 @@ class Call:
         # Some blocks take a view of what they are handed, which must lie in one piece.
         return module(tensor.contiguous(), *call.args, **call.kwargs)
 
+    def of_rows(self, rows: Tensor) -> Call:
+        """The call on some of its rows, by index: of every tensor that has one part a row (a mask), those parts."""
+
+        def part(value: Any) -> Any:
+            own = isinstance(value, Tensor) and value.dim() > 1 and len(value) == self.rows
+            return value[rows] if own else value
+
+        kwargs = {name: part(value) for name, value in self.kwargs.items()}
+        return Call(tuple(map(part, self.args)), kwargs, len(rows))
+
     def fitted(self, rows: int) -> Call:
         """The call for so many rows, where it had one: what is not broadcast over rows is repeated."""
         # Masks and positions of one row broadcast. Alibi does not: its first axis may be rows · heads.

@@ -17,7 +17,7 @@ from memloc.errors import CheckpointError, InputError, ModelError
 def load(
     model: str | Path, dtype: torch.dtype | None = None, *, device_map: str | Mapping[str, Any] | None = None
 ) -> tuple[nn.Module, Any]:
-    """A causal language model and its tokenizer (or None) from a folder or a hub name, in the stored dtype.
+    """A language model and its tokenizer (or None) from a folder or a hub name, in the stored dtype.
 
     Only safetensors are read and no code of the checkpoint is run.
 
@@ -30,10 +30,10 @@ def load(
     Raises:
         CheckpointError: missing, truncated, pickled, or with weights missing.
         InputError: a device map without accelerate.
-        ModelError: not a causal language model.
+        ModelError: neither a causal nor a masked language model.
     """
     from safetensors import SafetensorError
-    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoConfig, AutoTokenizer
 
     spread: dict[str, Any] = {} if device_map is None else {"device_map": device_map}
     folder = Path(model)
@@ -44,10 +44,7 @@ def load(
     try:
         with quiet():
             config = AutoConfig.from_pretrained(str(model))
-            if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
-                kind = config.model_type
-                raise ModelError(f"no row for the model type {kind!r}: transformers has no causal language model of it")
-            loaded, info = AutoModelForCausalLM.from_pretrained(
+            loaded, info = language_model(config).from_pretrained(
                 str(model), dtype=dtype or "auto", use_safetensors=True, output_loading_info=True, **spread
             )
     except ImportError as error:  # of accelerate, which spreads models
@@ -63,7 +60,38 @@ def load(
     except (OSError, ValueError, KeyError, TypeError):
         tokenizer = None
     _runnable(loaded)
-    return loaded, tokenizer
+    return loaded, None if _made_up(tokenizer) else tokenizer
+
+
+def _made_up(tokenizer: Any) -> bool:
+    """Whether it knows special tokens only: what transformers makes of a folder that holds no tokenizer."""
+    return tokenizer is not None and len(tokenizer) <= len(set(tokenizer.all_special_ids))
+
+
+def language_model(config: Any) -> Any:
+    """The class of transformers that builds the language model of a configuration: from left to right, or masked.
+
+    Masked where the checkpoint was saved as one, or where the model type has no other language model.
+
+    Raises:
+        ModelError: the model type has neither.
+    """
+    from transformers import (
+        MODEL_FOR_CAUSAL_LM_MAPPING,
+        MODEL_FOR_MASKED_LM_MAPPING,
+        AutoModelForCausalLM,
+        AutoModelForMaskedLM,
+    )
+
+    saved = (getattr(config, "architectures", None) or [""])[0]
+    if type(config) in MODEL_FOR_MASKED_LM_MAPPING and (
+        saved.endswith(("ForMaskedLM", "ForPreTraining")) or type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING
+    ):
+        return AutoModelForMaskedLM
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise ModelError(f"no row for the model type {config.model_type!r}: transformers has no language model of it, "
+                         "causal or masked")  # fmt: skip
+    return AutoModelForCausalLM
 
 
 def _runnable(model: Any) -> None:

@@ -17,6 +17,8 @@ from memloc.errors import InputError
 from memloc.lazy import method
 from memloc.provenance import digest_json
 
+SLOT = "[MASK]"
+"""Where the answer stands inside a prompt."""
 FORMS = '{"id","text"}, {"prefix","suffix"} or {"prefix_ids","suffix_ids"}'
 
 
@@ -30,6 +32,8 @@ class Passage:
         suffix: token ids, at least one.
         tags: whatever else the record carried (`dose`, `relation`, ...), JSON values.
         boundary_merged: the cut the caller asked for falls inside a token; that token went to the suffix.
+        after: token ids behind the suffix: the rest of a cloze sentence, and the token a tokenizer ends texts with.
+            Only models that read both ways read them.
     """
 
     id: str
@@ -37,6 +41,7 @@ class Passage:
     suffix: tuple[int, ...]
     tags: Mapping[str, Any] = field(default_factory=dict)
     boundary_merged: bool = False
+    after: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         if not self.prefix or not self.suffix:
@@ -95,7 +100,9 @@ class Passages(Sequence[Passage]):
     @cached_property
     def digest(self) -> str:
         """Digest of ids and tokens, in order; tags and origin do not count."""
-        return digest_json([[item.id, item.prefix, item.suffix] for item in self.items])
+        return digest_json(
+            [[item.id, item.prefix, item.suffix, *([item.after] if item.after else ())] for item in self.items]
+        )
 
     def where(self, keep: Callable[[Passage], bool]) -> Passages:
         """Those for which `keep` holds."""
@@ -118,7 +125,8 @@ class Passages(Sequence[Passage]):
     def read(cls, path: str | Path, tokenizer: Any = None, *, prefix: int = 50, suffix: int = 50) -> Passages:
         """Read JSONL, one record a line: `{"id","text"}`, `{"prefix","suffix"}` or `{"prefix_ids","suffix_ids"}`.
 
-        Ids already given win over text in the same record. Other keys are kept as tags.
+        Ids already given win over text in the same record. Beside the last two, `"after"` and `"after_ids"` say what
+        stands behind the suffix, for models that read both ways. Other keys are kept as tags.
 
         Args:
             path: the file, UTF-8.
@@ -176,19 +184,25 @@ class Passages(Sequence[Passage]):
             raise InputError(f"{origin}: no text of two tokens or more")
         return cls(tuple(items), origin)
 
-    def check(self, vocab: int, context: int | None) -> None:
+    def check(self, vocab: int, context: int | None, *, behind: bool = False) -> None:
         """Refuse tokens outside the vocabulary and rows longer than the context.
+
+        Args:
+            vocab: how many tokens there are.
+            context: how many a row may have; None for any number.
+            behind: what stands behind the suffix is read too.
 
         Raises:
             InputError: names the passage.
         """
         for item in self.items:
-            worst = max(item.ids) if min(item.ids) >= 0 else min(item.ids)
+            ids = item.ids + item.after if behind else item.ids
+            worst = max(ids) if min(ids) >= 0 else min(ids)
             if not 0 <= worst < vocab:
                 raise InputError(f"passage {item.id!r}: token id {worst} outside the vocabulary of {vocab}")
-            if context is not None and len(item.ids) > context:
+            if context is not None and len(ids) > context:
                 raise InputError(
-                    f"passage {item.id!r}: {len(item.ids)} tokens, the model's context holds {context}; "
+                    f"passage {item.id!r}: {len(ids)} tokens, the model's context holds {context}; "
                     "shorten the prefix or the suffix"
                 )
 
@@ -200,12 +214,14 @@ class Prompt:
     Attributes:
         ids: token ids.
         subject: the subject's tokens as [start, end), or None where the prompt does not hold it.
-        text: the prompt's text.
+        text: the prompt's text, up to the answer.
+        after: token ids behind the answer, which only models that read both ways read.
     """
 
     ids: tuple[int, ...]
     subject: tuple[int, int] | None
     text: str
+    after: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -246,6 +262,11 @@ class Fact:
     neighbors: tuple[Neighbor, ...] = ()
     tags: Mapping[str, Any] = field(default_factory=dict)
 
+    @property
+    def prompts(self) -> tuple[Prompt, ...]:
+        """Its own prompt, the paraphrases', the neighbours'."""
+        return (self.prompt, *self.paraphrases, *(entry.prompt for entry in self.neighbors))
+
 
 @dataclass(frozen=True)
 class Facts(Sequence[Fact]):
@@ -281,7 +302,8 @@ class Facts(Sequence[Fact]):
         return digest_json(
             [
                 [f.id, f.prompt.ids, f.target, f.target_true, [p.ids for p in f.paraphrases],
-                 [[n.prompt.ids, n.target] for n in f.neighbors]]
+                 [[n.prompt.ids, n.target] for n in f.neighbors],
+                 *([behind] if any(behind := [p.after for p in f.prompts]) else ())]
                 for f in self.items
             ]
         )  # fmt: skip
@@ -305,12 +327,16 @@ class Facts(Sequence[Fact]):
             answer = item.target_true if which == "true" else item.target
             for index, prompt in enumerate(prompts):
                 tags = {**item.tags, "fact": item.id, "subject": prompt.subject and list(prompt.subject)}
-                items.append(Passage(f"{item.id}/{index}" if index else item.id, prompt.ids, answer, tags))
+                name = f"{item.id}/{index}" if index else item.id
+                items.append(Passage(name, prompt.ids, answer, tags, after=prompt.after))
         return Passages(tuple(items), self.origin)
 
     @classmethod
     def read(cls, path: str | Path, tokenizer: Any) -> Facts:
         """Read JSONL: `{"id","prompt" with {},"subject","target","target_true","paraphrases","neighbors"}`.
+
+        A prompt whose answer stands inside has [MASK] in its place; what follows it is read by models that read both
+        ways only. Without it the answer follows the prompt.
 
         Paraphrases are strings, with {} for the subject or without it. A neighbour is a string (its answer is
         `target_true`) or `{"prompt","target"}`; {} in one is an error, for the subject is not asked about there.
@@ -346,6 +372,14 @@ class Encoding:
 
     ids: tuple[int, ...]
     spans: tuple[tuple[int, int], ...]
+
+    @property
+    def closing(self) -> int:
+        """How many tokens the tokenizer put behind the text."""
+        found = 0
+        while found < len(self.ids) and self.spans[-1 - found] == (0, 0):
+            found += 1
+        return found if found < len(self.ids) else 0
 
 
 def encode(tokenizer: Any, text: str) -> Encoding:
@@ -411,21 +445,30 @@ def _name(record: dict[str, Any], where: str) -> str:
 
 def _passage(record: dict[str, Any], where: str, tokenizer: Any, prefix: int, suffix: int) -> Passage:
     name = _name(record, where)
-    used = {"id", "text", "prefix", "suffix", "prefix_ids", "suffix_ids"}
+    used = {"id", "text", "prefix", "suffix", "prefix_ids", "suffix_ids", "after", "after_ids"}
     tags = {key: value for key, value in record.items() if key not in used}
     if "prefix_ids" in record or "suffix_ids" in record:
-        return Passage(name, _ids(record, "prefix_ids"), _ids(record, "suffix_ids"), tags)
+        after = _ids(record, "after_ids") if record.get("after_ids") else ()
+        return Passage(name, _ids(record, "prefix_ids"), _ids(record, "suffix_ids"), tags, after=after)
     if "prefix" in record or "suffix" in record:
-        head, tail = _text(record, "prefix"), _text(record, "suffix")
-        encoding = encode(tokenizer, head + tail)
-        cut = sum(end <= len(head) for _, end in encoding.spans)
-        merged = any(start < len(head) < end for start, end in encoding.spans)
-        return Passage(name, encoding.ids[:cut], encoding.ids[cut:], tags, merged)
+        head = record["prefix"] if record.get("prefix") == "" else _text(record, "prefix")
+        tail = _text(record, "suffix")
+        behind = _text(record, "after") if record.get("after") else ""
+        encoding = encode(tokenizer, head + tail + behind)
+        inner = encoding.spans[: len(encoding.ids) - encoding.closing]
+        cut = sum(end <= len(head) for _, end in inner)
+        if not cut and not head:  # what a tokenizer begins texts with would do
+            _text(record, "prefix")
+        stop = sum(start < len(head + tail) for start, _ in inner) if behind else len(inner)
+        merged = any(start < edge < end for start, end in inner for edge in (len(head), len(head + tail)))
+        return Passage(name, encoding.ids[:cut], encoding.ids[cut:stop], tags, merged, encoding.ids[stop:])
     if "text" in record:
-        ids = encode(tokenizer, _text(record, "text")).ids
+        whole = encode(tokenizer, _text(record, "text"))
+        end = len(whole.ids) - whole.closing
+        ids, closing = whole.ids[:end], whole.ids[end:]
         if len(ids) <= prefix:
             raise InputError(f"text of {len(ids)} tokens, shorter than its prefix of {prefix} and one token of suffix")
-        return Passage(name, ids[:prefix], ids[prefix : prefix + suffix], tags)
+        return Passage(name, ids[:prefix], ids[prefix : prefix + suffix], tags, after=closing)
     raise InputError(f"found keys {', '.join(sorted(record)) or 'none'}; expected {FORMS}")
 
 
@@ -462,16 +505,30 @@ def _neighbor(tokenizer: Any, entry: Any, true: str) -> Neighbor:
 
 
 def _prompt(tokenizer: Any, template: str, subject: str | None) -> Prompt:
-    text = template if subject is None else template.replace("{}", subject)
+    filled = template if subject is None else template.replace("{}", subject)
+    text, slot, rest = filled.partition(SLOT)
+    text = text.rstrip() if slot else text
+    if rest.strip(" .") and getattr(tokenizer, "mask_token_id", None) is None:
+        raise InputError(f"the answer to {filled!r} stands inside it, and the model reads from left to right")
     encoding = encode(tokenizer, text)
+    end = len(encoding.ids) - encoding.closing
+    encoding, after = Encoding(encoding.ids[:end], encoding.spans[:end]), encoding.ids[end:]
+    after = _behind(tokenizer, rest) if rest.strip() else after
     start = -1 if subject is None else (template.find("{}") if "{}" in template else text.find(subject))
+    start = start if start + len(subject or "") <= len(text) else -1
     if subject is None or start < 0:
-        return Prompt(encoding.ids, None, text)
+        return Prompt(encoding.ids, None, text, after)
     end = start + len(subject)
     inside = [index for index, (a, b) in enumerate(encoding.spans) if a < end and b > start]
     if not inside:
         raise InputError(f"the subject {subject!r} has no token of its own in {text!r}")
-    return Prompt(encoding.ids, (inside[0], inside[-1] + 1), text)
+    return Prompt(encoding.ids, (inside[0], inside[-1] + 1), text, after)
+
+
+def _behind(tokenizer: Any, rest: str) -> tuple[int, ...]:
+    """Tokens of what stands behind an answer, and those that end a text, without those that begin one."""
+    found = encode(tokenizer, rest)
+    return found.ids[next((index for index, span in enumerate(found.spans) if span != (0, 0)), 0) :]
 
 
 def _answer(tokenizer: Any, prompt: Prompt, answer: str) -> tuple[int, ...]:
@@ -479,12 +536,10 @@ def _answer(tokenizer: Any, prompt: Prompt, answer: str) -> tuple[int, ...]:
     spaced = answer if answer[:1].isspace() or prompt.text[-1:].isspace() else " " + answer
     joint = encode(tokenizer, prompt.text + spaced)
     cut = len(prompt.ids)
-    # A tokenizer that ends a text with a token of its own ends the prompt alone with it too.
-    while cut and joint.ids[:cut] != prompt.ids[:cut]:
-        cut -= 1
-    if cut < len(prompt.ids) or cut == len(joint.ids):
+    end = len(joint.ids) - joint.closing
+    if joint.ids[:cut] != prompt.ids or cut >= end:
         raise InputError(f"{prompt.text!r} and {answer!r} share a token; end the prompt before its last space")
-    return joint.ids[cut:]
+    return joint.ids[cut:end]
 
 
 def _text(record: Any, key: str) -> str:

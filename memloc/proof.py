@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -28,7 +29,8 @@ def prove_row(view: ModelView) -> None:
 
     Proved: every map puts out input @ weight.T + bias (experts' gates and `mlp.in` only for tokens sent to them; their
     output maps side by side for all tokens, from neurons times the router's weights); heads are read as the values they
-    are at position 0 (where attention can see one token only); each block adds its two maps' outputs to its input; maps
+    are at position 0, where attention can see one token only (where tokens hear both ways, in rows of one token, and it
+    is shown that the first hears the last); each block adds its two maps' outputs to its input; maps
     read the norms the row names, whose gains are stored as it says; the logits are the unembedded final norm.
 
     Raises:
@@ -54,23 +56,30 @@ def prove_row(view: ModelView) -> None:
         _prove_map(view, site, inputs[site], _own(view, site, outputs), _sent(view, site, routed))
         _prove_norm(view, site, inputs[site], normed)
     for layer in layers:
-        _prove_values(view, layer, inputs, outputs)
+        if view.row.causal:
+            _prove_values(view, layer, inputs, outputs)
         _prove_gate(view, layer, inputs, outputs, routed)
         with torch.no_grad():
-            parts = [
-                view.added(site, outputs[site]) for site in (Site(layer, k) for k in (Kind.ATTN_OUT, Kind.MLP_OUT))
-            ]
-        added = before[layer] + parts[0] + parts[1]
+            added = before[layer]
+            for site in (Site(layer, Kind.ATTN_OUT), Site(layer, Kind.MLP_OUT)):
+                added = view.joined(site, added, outputs[site])
         _same(
             f"L{layer}",
             "the block's output",
             added,
             after[layer],
-            "input + attention + mlp; check attn.out, mlp.out and added",
+            "input + attention + mlp; check attn.out, mlp.out, added and summed",
         )
+    if not view.row.causal:
+        _prove_alone(view, batch)
+        _prove_both_ways(view, batch)
     with torch.no_grad():
         spoken = view.unembed(view.final_norm(after[view.layers - 1]))
     _same("unembed", "the logits", spoken, logits, "the unembedded final norm; check final_norm and unembed")
+    if not view.row.causal:
+        with torch.no_grad():
+            spoken = view.unembed(view.hidden(batch))
+        _same("hidden", "the logits", spoken, logits, "what is unembedded; check transform")
 
 
 def _logits(view: ModelView, batch: Batch) -> Tensor:
@@ -147,6 +156,30 @@ def _prove_values(view: ModelView, layer: int, inputs: Mapping[Site, Tensor], ou
     if made.shape != heads.shape:
         raise ModelError(f"{value}: {made.shape[1]} values for {heads.shape[1]} head entries; check fused and head_dim")
     _same(str(value), "values at position 0", made, heads, "what the heads put out; check the fused layout")
+
+
+def _prove_alone(view: ModelView, batch: Batch) -> None:
+    """Heads are read as their values where a row has one token, so that attention has nothing to choose from."""
+    values, outs = view.sites(Kind.ATTN_V), view.sites(Kind.ATTN_OUT)
+    alone = pad(batch.ids[:, :1].tolist(), device=view.device)
+    with torch.no_grad(), view.record(outs) as inputs, view.record(values, side="output") as outputs:
+        view.logits(alone)
+    for layer in range(view.layers):
+        _prove_values(view, layer, inputs, outputs)
+
+
+def _prove_both_ways(view: ModelView, batch: Batch) -> None:
+    """The first token hears the last, in the first block already."""
+    other = batch.ids.clone()
+    other[:, -1] = (other[:, -1] + 1) % view.vocab
+    heard = []
+    for ids in (batch.ids, other):
+        with torch.no_grad(), view.record([Site(0, Kind.ATTN_OUT)]) as mixed:
+            view.logits(replace(batch, ids=ids))
+        heard.append(mixed[Site(0, Kind.ATTN_OUT)][:, 0])
+    if torch.equal(*heard):
+        raise ModelError(f"{view.row.family}: the first token does not hear the last, so the model reads from left to "
+                         "right; check causal (memloc/architectures.py)")  # fmt: skip
 
 
 def _all_called(

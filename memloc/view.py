@@ -44,12 +44,19 @@ _INSIDE: Mapping[tuple[Kind, hooks.Side, bool], Inner] = {
 }  # fmt: skip
 """Where a side of a map is, by whether all experts are meant; the rest is input and output of their module."""
 
+LEFT_TO_RIGHT = "this is for models that read from left to right only"
+
+
+def left_to_right(view: ModelView) -> str | None:
+    """Why a method that lives on causality has nothing to say of this model, or None: a method's `refuses`."""
+    return None if view.row.causal else f"{view.row.family} reads both ways; {LEFT_TO_RIGHT}"
+
 
 class ModelView:
     """A model through its row. Build one with `ModelView.open`.
 
     Args:
-        model: a transformers causal language model, put into evaluation mode.
+        model: a transformers causal or masked language model, put into evaluation mode.
         row: the family's row.
         tokenizer: its tokenizer, or None.
         name: what to call it in reports.
@@ -77,9 +84,9 @@ class ModelView:
         self.vocab = int(self.config.vocab_size)
         self.context: int | None = getattr(self.config, "max_position_embeddings", None)
         self._modules: dict[str, Any] = dict(model.named_modules())
-        first: dict[int, str] = {}
+        self._first: dict[int, str] = {}
         every = model.named_parameters(remove_duplicate=False)
-        self._names = {name: first.setdefault(id(parameter), name) for name, parameter in every}
+        self._names = {name: self._first.setdefault(id(parameter), name) for name, parameter in every}
         self._check_parameters()
         self.widths = tuple(self._width(layer) for layer in range(self.layers))
         self.head_width = int(self.weight(Site(0, Kind.ATTN_OUT)).shape[1]) // self.heads
@@ -282,8 +289,10 @@ class ModelView:
 
     def place(self, site: Site) -> Place:
         """Where the weight of `site` lies: parameter name, orientation, rows of a fused matrix."""
-        self.parameter(site)
-        name = self._names[f"{self._path(site)}.{self._held(site)}"]
+        # By path, for an offloaded parameter is another object at every call; a wrapped map shows one that is not its
+        # own by name, which only the object tells.
+        path, held = f"{self._path(site)}.{self._held(site)}", self.parameter(site)
+        name = self._names.get(path) or self._first[id(held)]
         if self._of_experts(site):
             return self._place_of_experts(site, name)
         transposed = self.row.stored_in_out and site.kind.in_block and site.kind.is_map and not site.bias
@@ -385,7 +394,7 @@ class ModelView:
                 self.model(**self._inputs(batch))
             return self.final_norm(seen["norm"])
         found: Tensor = self.engine.run(self._base(), self._inputs(batch)).last_hidden_state
-        return found
+        return self.final_norm(found) if self.row.transform else found
 
     def logits(self, batch: Batch) -> Tensor:
         """All logits `[n, t, v]`, in the model's dtype. Prefer `logits_at` where few positions count."""
@@ -394,6 +403,9 @@ class ModelView:
 
     def logits_at(self, batch: Batch, rows: Tensor, columns: Tensor) -> Tensor:
         """Logits `[k, v]`, float32 (float64 stays), at the positions (rows[i], columns[i]) only."""
+        if self.mask_token is not None and bool((batch.ids[rows, columns] != self.mask_token).any()):
+            raise ModelError(f"{self.row.family} says what a mask token hides, and was asked for what follows others; "
+                             f"{LEFT_TO_RIGHT}")  # fmt: skip
         return self.unembed(self.hidden(batch)[rows, columns])
 
     @property
@@ -421,13 +433,31 @@ class ModelView:
     def added(self, site: Site, output: Tensor) -> Tensor:
         """What the block adds to the stream where its map `site` (`attn.out`, `mlp.out`) puts out `output`.
 
-        The same, but in families whose blocks norm what they write.
+        The same, but in families whose blocks norm what they write; see `joined` for those that norm the sum.
         """
         path = self.row.added.get(site.kind)
         if path is None:
             return output
         normed: Tensor = self._module(f"{self.row.blocks}.{site.layer}.{path}")(output)
         return normed
+
+    def joined(self, site: Site, stream: Tensor, output: Tensor) -> Tensor:
+        """The stream behind map `site` (`attn.out`, `mlp.out`): what it puts out added, the sum normed where it is."""
+        total = stream + self.added(site, output)
+        path = self.row.summed.get(site.kind)
+        if path is None:
+            return total
+        normed: Tensor = self._module(f"{self.row.blocks}.{site.layer}.{path}")(total)
+        return normed
+
+    def record_sums(self, kind: Kind) -> AbstractContextManager[dict[int, Tensor]]:
+        """The stream with what the maps `kind` put out, before the norm of their sum: layer to `[n, t, d]`.
+
+        Nothing in families that norm no sums.
+        """
+        path = self.row.summed.get(kind)
+        layers = range(self.layers if path is not None else 0)
+        return hooks.record({layer: self.point(Site(layer, kind), path, "input") for layer in layers})
 
     def record_added(self, sites: Iterable[Site]) -> AbstractContextManager[dict[Site, Tensor]]:
         """What the blocks add to the stream for their maps `sites` (`attn.out`, `mlp.out`): site to `[n, t, d]`."""
@@ -449,6 +479,7 @@ class ModelView:
         Cost: one forward here; each `Tail.hidden` then costs only the blocks above.
         """
         above = {index: self.block(index) for index in range(layer + 1, self.layers)}
+        self.need_causal("what stands above a block is run on rows of other lengths")
         plain = self.running()
         with torch.no_grad(), hooks.record_calls(above) as calls, plain.record_blocks([layer]) as seen:
             plain.hidden(batch)
@@ -460,8 +491,33 @@ class ModelView:
         Raises:
             InputError: a token outside the vocabulary or a row longer than the context (the passage is named).
         """
-        passages.check(self.vocab, self.context)
-        return batches(passages, size=size, device=self.device)
+        passages.check(self.vocab, self.context, behind=not self.row.causal)
+        return batches(passages, size=size, device=self.device, cloze=self.mask_token)
+
+    @cached_property
+    def mask_token(self) -> int | None:
+        """What hides a token from a masked language model; None for models that read from left to right.
+
+        Raises:
+            ModelError: neither the tokenizer nor the configuration of a masked language model names one.
+        """
+        if self.row.causal:
+            return None
+        found = getattr(self.config, "mask_token_id", None)
+        found = getattr(self.tokenizer, "mask_token_id", None) if found is None else found
+        if found is None:
+            raise ModelError(f"{self.name} is a masked language model, and neither a tokenizer nor its configuration "
+                             "(mask_token_id) names its mask token; give its tokenizer")  # fmt: skip
+        return int(found)
+
+    def need_causal(self, what: str) -> None:
+        """Refuse work that only models that read from left to right can do.
+
+        Raises:
+            ModelError: the model reads both ways.
+        """
+        if not self.row.causal:
+            raise ModelError(f"{self.row.family} reads both ways, and {what}; {LEFT_TO_RIGHT}")
 
     # -- the model as a whole -----------------------------------------------------------------------------------
 
@@ -597,7 +653,12 @@ class ModelView:
         # Padding is on the right, where no real token sees it, so it needs no mask; masked, a padded token under a
         # sliding window would see nothing at all, which some attention makes NaN of. All ones, not none: without a
         # mask, transformers warns of every row that ends in the pad token.
-        return {"input_ids": batch.ids, "attention_mask": torch.ones_like(batch.ids), "use_cache": False}
+        if self.row.causal:
+            return {"input_ids": batch.ids, "attention_mask": torch.ones_like(batch.ids), "use_cache": False}
+        if batch.truth is None and bool((batch.prefix < batch.length).any()):
+            raise ModelError(f"{self.row.family} reads both ways, and was shown the tokens it is to predict; "
+                             f"{LEFT_TO_RIGHT}")  # fmt: skip
+        return {"input_ids": batch.ids, "attention_mask": batch.mask.long()}
 
     @cached_property
     def _quantised(self) -> bool:

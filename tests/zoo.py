@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -111,6 +112,18 @@ CONFIGS: dict[str, tuple[type, dict[str, Any]]] = {
 narrower than the passages, a head width that is not width / heads (Qwen3, Gemma), soft caps that bite (Gemma-2); among
 the mixtures of experts one with a dense block between, of as many neurons as the experts have together (Qwen3-MoE)."""
 
+MASKED: dict[str, tuple[type, dict[str, Any]]] = {
+    "bert": (
+        transformers.BertConfig,
+        {
+            "vocab_size": VOCAB, "hidden_size": 24, "intermediate_size": 37, "num_hidden_layers": 3,
+            "num_attention_heads": 3, "max_position_embeddings": 64, "mask_token_id": 3, "pad_token_id": 1,
+            "layer_norm_eps": 1e-6,
+        },
+    ),
+}  # fmt: skip
+"""Masked language models, which read both ways: token 3 is their mask. Not among the families of the causal tests."""
+
 FAMILIES = ("gpt2", "gpt_neo", "gpt_neox", "llama", "mistral", "qwen2", "qwen3")
 """Those that every test runs on."""
 MIXTURES = ("mixtral", "qwen3_moe", "olmoe")
@@ -125,10 +138,11 @@ OTHERS = tuple(family for family in CONFIGS if family not in FAMILIES + UNUSUAL)
 def build(family: str, *, dtype: torch.dtype = torch.float32, seed: int = 0, **changes: Any) -> Any:
     """A random model in evaluation mode; weights eight times their usual size, so that it has opinions, and no
     parameter left at 0 or 1; the global generator is as it was before."""
-    cls, settings = CONFIGS[family]
+    cls, settings = {**CONFIGS, **MASKED}[family]
+    auto = transformers.AutoModelForMaskedLM if family in MASKED else transformers.AutoModelForCausalLM
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        model = transformers.AutoModelForCausalLM.from_config(cls(**{**settings, **changes}))
+        model = auto.from_config(cls(**{**settings, **changes}))
         with torch.no_grad():
             for parameter in model.parameters():
                 if parameter.dim() == 1:
@@ -139,6 +153,16 @@ def build(family: str, *, dtype: torch.dtype = torch.float32, seed: int = 0, **c
         # The default, a grouped product, takes neither odd sizes nor float64.
         model.set_experts_implementation("eager")
     return model.eval().to(dtype)
+
+
+def cloze(count: int = 4, *, seed: int = 1, behind: int = 3) -> Passages:
+    """Random passages with tokens behind the suffix, of unequal numbers: 0 of the first's."""
+    generator = torch.Generator().manual_seed(100 + seed)
+    items = [
+        replace(item, after=tuple(torch.randint(VOCAB, (index % (behind + 1),), generator=generator).tolist()))
+        for index, item in enumerate(passages(count, suffix=2, seed=seed))
+    ]
+    return Passages(tuple(items), "cloze")
 
 
 def passages(count: int = 4, *, prefix: int = 9, suffix: int = 4, seed: int = 1, ragged: bool = True) -> Passages:

@@ -48,6 +48,8 @@ def page(view: ModelView, found: Found, out: Path, command: str) -> Report:
         _lost(gone),
         Condition(text="After: held-out perplexity rises by at most 3 %", group="held-out text", figure="perplexity",
                   at_most=0.03, relative=True),
+        Verdict("After: gone, or only hidden? What `memloc verify` finds (verified/report.html)", None,
+                found.checked.sentence),
         _chosen_matter(found),
         Condition(text="ROME: the new answer is given", group=name, figure="efficacy accuracy", at_least=0.95),
         Condition(text="ROME: also after other phrasings", group=name, figure="paraphrase accuracy", at_least=0.85),

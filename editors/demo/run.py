@@ -7,7 +7,7 @@ from typing import Any
 
 from editors.demo.material import FEW, HASTY, MASKS, SHARE, few_groups, groups_of, material
 from editors.demo.page import page
-from editors.demo.stages import Found, by_chance, fewest_steps, localize, rewrite, ship, unlearn
+from editors.demo.stages import Found, by_chance, check, fewest_steps, localize, rewrite, ship, unlearn
 from editors.rewriters.rome import Rome
 from editors.rewriters.sparse_fine_tune import SparseFineTune
 from memloc.lab.build import build
@@ -18,14 +18,14 @@ from memloc.view import ModelView
 
 
 def demo(out: Path, *, size: str, seed: int, terminal: Terminal) -> dict[str, Any]:
-    """Run the loop and write `out`: lab/, localization.safetensors, two edits, two checkpoints, the report.
+    """Run the loop and write `out`: lab/, localization.safetensors, two edits, two checkpoints, two reports.
 
     The lab is kept from an earlier run with the same recipe; checkpoints of an earlier run are replaced.
 
     Returns:
         The verdicts and the paths, JSON values.
 
-    Cost: about four minutes on two cores for the size "demo", under a minute for "tiny".
+    Cost: about five minutes on two cores for the size "demo", a minute for "tiny".
     """
     lab = build(preset(size, seed=seed), out / "lab", log=terminal.note)
     view = ModelView.open(lab)
@@ -52,7 +52,9 @@ def demo(out: Path, *, size: str, seed: int, terminal: Terminal) -> dict[str, An
         *ship(gone.edit, lab, out / "unlearned", gone.groups[0], gone.after),
         *ship(changed.edit, lab, out / "edited"),
     )
-    found = Found(data, Extraction()(view, data.planted), maps, gone, few, chance, changed, shipped)
+    say("asking whether the targets are gone, or only hidden")
+    checked = check(view, data, gone.edit, out / "verified", seed)
+    found = Found(data, Extraction()(view, data.planted), maps, gone, few, chance, changed, shipped, checked)
     report = page(view, found, out, f"memloc demo --out {out.name} --size {size} --seed {seed}")
     written = report.save(out)
     for path in written:

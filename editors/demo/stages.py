@@ -19,6 +19,8 @@ from editors.rewriters.rome import Rome
 from editors.rewriters.sparse_fine_tune import SparseFineTune
 from editors.shipping.checkpoint import apply_edit, undo_edit
 from editors.trial import Group, Measured, measure_groups
+from editors.verification import Material as Asked
+from editors.verification import Verification, verify
 from memloc.loading import quiet
 from memloc.localizers.integrated_gradients import IntegratedGradients
 from memloc.localizers.weight_gradient import WeightGradient
@@ -88,6 +90,7 @@ class Found:
     chance: tuple[Measurement, ...]
     changed: Rewritten
     shipped: tuple[Verdict, ...]
+    checked: Verification
 
 
 def localize(view: ModelView, data: Material) -> Mapped:
@@ -173,6 +176,17 @@ def rewrite(view: ModelView, data: Material, editor: Rome, seed: int) -> Rewritt
 def _under(edit: Edit, view: ModelView, work: Callable[[], Any]) -> Any:
     with edit.apply(view):
         return work()
+
+
+def check(view: ModelView, data: Material, edit: Edit, folder: Path, seed: int) -> Verification:
+    """Ask whether the targets are gone or only hidden, and what else broke; a report of its own in `folder`."""
+    asked = Asked(
+        targets=data.targets, controls=data.controls, retain=data.named, memorized=data.unnamed, facts=data.facts,
+        text=data.held_out,
+    )  # fmt: skip
+    found = verify(view, edit, asked, seed=seed, folder=folder / "checks")
+    found.save(folder)
+    return found
 
 
 def ship(

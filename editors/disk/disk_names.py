@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from editors.disk.shards import Weights
-from memloc.errors import CheckpointError
+from memloc.errors import CheckpointError, ModelError
 
 
 @dataclass(frozen=True)
@@ -61,20 +61,21 @@ def by_loading(weights: Weights) -> dict[str, Stored]:
     """
     try:
         return _by_loading(weights.folder, sorted(weights.entries))
-    except (ImportError, AttributeError, TypeError, ValueError, KeyError, OSError):
+    except (ImportError, AttributeError, TypeError, ValueError, KeyError, OSError, ModelError):
         return {}
 
 
 def _by_loading(folder: Path, names: list[str]) -> dict[str, Stored]:
     import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
-    from memloc.loading import quiet
+    from memloc.loading import language_model, quiet
 
     with quiet(), torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(str(folder)))
+        config = AutoConfig.from_pretrained(str(folder))
+        model = language_model(config).from_config(config)
     transforms = get_model_conversion_mapping(model)
     renamings = [entry for entry in transforms if isinstance(entry, WeightRenaming)]
     converters = [entry for entry in transforms if isinstance(entry, WeightConverter)]

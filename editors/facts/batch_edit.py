@@ -38,6 +38,7 @@ from memloc.view import ModelView
 
 def edited(editor: BatchEditor, view: ModelView, request: Request) -> Edit:
     """The edit that makes all of the request's facts so; the model is as it was, to the bit."""
+    view.need_causal("the method lives on what a token cannot hear")
     facts = request.need_facts()
     editor.check()
     refuse_same(facts)

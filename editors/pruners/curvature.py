@@ -19,7 +19,7 @@ from memloc.gradients.curvature import Basis, Labels, corrected
 from memloc.passages import Passages
 from memloc.provenance import Provenance, settings_of
 from memloc.sites import Kind, Site
-from memloc.view import ModelView
+from memloc.view import ModelView, left_to_right
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,6 +71,7 @@ class Curvature:
     labels: Labels = "sampled"
     cache: str | None = None
     batch_size: int = 8
+    refuses = staticmethod(left_to_right)
 
     def __post_init__(self) -> None:
         if not 0 <= self.keep < 1:
@@ -83,6 +84,7 @@ class Curvature:
             InputError: no ordinary text, no passages where the aim is "forget", no map left to prune, or nothing flat
                 enough to go.
         """
+        view.need_causal("the method lives on what a token cannot hear")
         text = request.text or request.retain
         if not text:
             raise InputError("curvature: ordinary text (or passages to retain) is needed to measure it on")

@@ -14,7 +14,7 @@ from editors.facts.batch_settings import BatchEditor
 from editors.facts.closed_forms import Metric, NullSpace
 from editors.facts.published import plain, preset
 from memloc.errors import InputError
-from memloc.view import ModelView
+from memloc.view import ModelView, left_to_right
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,6 +44,7 @@ class AlphaEdit(BatchEditor):
     absolute: bool = False
     price: float = 0.0
     name: ClassVar[str] = "alphaedit"
+    refuses = staticmethod(left_to_right)
 
     def __call__(self, view: ModelView, request: Request) -> Edit:
         """The edit that makes all of the request's facts so; the model is as it was, to the bit.

@@ -14,7 +14,7 @@ from editors.facts.batch_settings import BatchEditor
 from editors.facts.closed_forms import Factor
 from editors.facts.published import plain, preset
 from memloc.errors import InputError
-from memloc.view import ModelView
+from memloc.view import ModelView, left_to_right
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,6 +41,7 @@ class Emmet(BatchEditor):
 
     slack: float = 0.0
     name: ClassVar[str] = "emmet"
+    refuses = staticmethod(left_to_right)
 
     def __call__(self, view: ModelView, request: Request) -> Edit:
         """The edit that makes all of the request's facts so; the model is as it was, to the bit.

@@ -25,7 +25,7 @@ from memloc.passages import Passage, Passages
 from memloc.provenance import Provenance, settings_of
 from memloc.scores import Selection
 from memloc.sites import Grain, Site, kinds_named
-from memloc.view import ModelView
+from memloc.view import ModelView, left_to_right
 
 FULL_STEPS = 2
 """Rounds that go all the way; later ones go part of it, because each solve holds to first order only."""
@@ -88,12 +88,12 @@ class ForgetPassage:
     layers: tuple[int, ...] | None = None
     rank: int | None = None
     positions: int | None = None
-    disturb: float = 0.5
+    disturb: float = 0.45
     tries: int = 16
     rounds: int = 6
     step: float = 0.5
     close: float = 0.1
-    replay: int = 2400
+    replay: int = 4800
     replay_length: int | None = None
     replay_temperature: float = 0.7
     replay_ngram: int = 8
@@ -102,9 +102,10 @@ class ForgetPassage:
     margin: float = 2.0
     protect: int = 400
     damping: float = 1e-2
-    pull_damping: float = 0.1
+    pull_damping: float = 0.02
     ridge: float = 1e-3
     batch_size: int = 64
+    refuses = staticmethod(left_to_right)
 
     def __post_init__(self) -> None:
         for name in ("rank", "positions", "tries", "rounds", "replay_ngram", "batch_size"):
@@ -132,6 +133,7 @@ class ForgetPassage:
 
     def __call__(self, view: ModelView, request: Request) -> Edit:
         """The edit; the view's model is untouched. Uses all of the request but `facts` and `past`."""
+        view.need_causal("the method lives on what a token cannot hear")
         targets = request.need_forget()
         sites = self._sites(view, request.selection)
         _check_apart(targets, request.retain)
@@ -246,12 +248,12 @@ class _Asked:
 
     def excess(self, odds: Tensor) -> Tensor:
         """Mean log-odds of each passage above its level, nats per token, [targets]."""
-        parts = (odds - self.level).split([len(level) for level in self.levels])
+        parts = torch.split(odds - self.level, [len(level) for level in self.levels])
         return torch.stack([part.mean() for part in parts])
 
     def recited(self, odds: Tensor) -> int:
         """How many passages have every token likelier than not (fewer than are recited greedily)."""
-        return sum(bool((part > 0).all()) for part in odds.split([len(level) for level in self.levels]))
+        return sum(bool((part > 0).all()) for part in torch.split(odds, [len(level) for level in self.levels]))
 
 
 @dataclass(frozen=True)
@@ -350,7 +352,7 @@ class _Solver:
             site: metric.whitened(found.read[site], found.pull[site] * sign[:, None])
             for site, metric in self.metrics.items()
         }
-        weight = dual(gram(white), asked, ridge=self.how.ridge)
+        weight = dual(gram(white.values()), asked, ridge=self.how.ridge)
         made = {}
         for site, metric in self.metrics.items():
             read, pull = white[site]

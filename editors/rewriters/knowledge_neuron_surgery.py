@@ -97,7 +97,7 @@ class KnowledgeNeuronSurgery:
         self, view: ModelView, facts: Facts, selection: Selection, sites: tuple[Site, ...]
     ) -> dict[Site, Delta]:
         shift = torch.stack([self._shift(view, *_tokens(fact)) for fact in facts]).mean(0)
-        rows = [Row(fact.prompt.ids, len(fact.prompt.ids) - 1) for fact in facts]
+        rows = [_asked(view, fact) for fact in facts]
         read = read_at(view, sites, rows) if self.signed else {}
         deltas: dict[Site, Delta] = {}
         for site in sites:
@@ -118,6 +118,14 @@ class KnowledgeNeuronSurgery:
         if self.scale == "column":
             added, taken = added / added.norm(), taken / taken.norm()
         return self.new * added - self.old * taken
+
+
+def _asked(view: ModelView, fact: Fact) -> Row:
+    """Where the model says the answer: at the prompt's end, or at the mask token in the answer's place."""
+    ids, mask = fact.prompt.ids, view.mask_token
+    if mask is None:
+        return Row(ids, len(ids) - 1)
+    return Row((*ids, *[mask] * len(fact.target_true), *fact.prompt.after), len(ids))
 
 
 def _tokens(fact: Fact) -> tuple[int, int]:

@@ -14,7 +14,7 @@ from editors.facts.batch_settings import BatchEditor
 from editors.facts.closed_forms import Factor
 from editors.facts.published import plain, preset
 from memloc.errors import InputError
-from memloc.view import ModelView
+from memloc.view import ModelView, left_to_right
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,6 +40,7 @@ class Memit(BatchEditor):
 
     weight: float = 0.02
     name: ClassVar[str] = "memit"
+    refuses = staticmethod(left_to_right)
 
     def __call__(self, view: ModelView, request: Request) -> Edit:
         """The edit that makes all of the request's facts so; the model is as it was, to the bit.

@@ -34,7 +34,7 @@ from memloc.moments import Moments, second_moments
 from memloc.passages import Fact, Facts, Prompt
 from memloc.provenance import Provenance, digest_tensor, settings_of
 from memloc.sites import Kind, Site
-from memloc.view import ModelView
+from memloc.view import ModelView, left_to_right
 
 TRIAL_LENGTHS = 5, 10
 TRIALS = 4
@@ -130,11 +130,14 @@ class Rome:
         }  # fmt: skip
         return cls(**settings)
 
+    refuses = staticmethod(left_to_right)
+
     def __call__(self, view: ModelView, request: Request) -> Edit:
         """The edit that makes all of the request's facts so; the model is as it was, to the bit.
 
         Uses `facts`, `text` (ordinary text, for the moments), `retain`, `keep_facts`, `past` and `seed`.
         """
+        view.need_causal("the method lives on what a token cannot hear")
         facts = request.need_facts()
         self._check()
         layers = self._layers(view)

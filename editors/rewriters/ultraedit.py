@@ -174,7 +174,7 @@ class UltraEdit:
             later[site] = running[site].seen(rows)
             if later[site].count < 2:
                 raise InputError("ultraedit normalises by what it has seen, and one token has no spread; give more")
-            normed, gradient = later[site].normed(rows).split([keys.shape[1], pull[site].shape[1]], 1)
+            normed, gradient = torch.split(later[site].normed(rows), [keys.shape[1], pull[site].shape[1]], 1)
             values = -self.lr * normed.square().sum(1, keepdim=True) * gradient
             found[site] = ridge_update(keys, values, self.ridge)
         return found, later

@@ -107,6 +107,7 @@ class Keep:
 
 def _batch(view: ModelView, rows: Sequence[tuple[int, ...]]) -> Batch:
     """Rows whose every token but the first counts."""
+    view.need_causal("rows to keep are taught from left to right; name no retain and no text")
     return pad(rows, [1] * len(rows), device=view.device)
 
 

@@ -8,7 +8,7 @@ D = Σ_i x_i G⁻¹ g_i k_iᵀ A⁻¹ with x ≥ 0 from a dual problem of as man
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -67,9 +67,9 @@ class Metric:
         return float(((left.T @ left) * (right @ right.T)).sum())
 
 
-def gram(white: Mapping[object, tuple[Tensor, Tensor]]) -> Tensor:
+def gram(white: Iterable[tuple[Tensor, Tensor]]) -> Tensor:
     """[n, n]: how much the least change for one scalar moves another, over all maps; of whitened (read, pull) rows."""
-    found = [(read @ read.T) * (pull @ pull.T) for read, pull in white.values()]
+    found = [(read @ read.T) * (pull @ pull.T) for read, pull in white]
     return torch.stack(found).sum(0)
 
 
@@ -111,8 +111,10 @@ def _factor(moment: Tensor, damping: float, name: str) -> Tensor:
     factor, failed = torch.linalg.cholesky_ex(plain)
     if int(failed) or not bool((factor.diagonal() > 0).all()):
         raise InputError(f"the second moment of what maps {name} is singular; give more text, or a damping above 0")
-    return factor
+    whole: Tensor = factor
+    return whole
 
 
 def _solve(factor: Tensor, columns: Tensor) -> Tensor:
-    return torch.linalg.solve_triangular(factor, columns, upper=False)
+    found: Tensor = torch.linalg.solve_triangular(factor, columns, upper=False)
+    return found

@@ -85,7 +85,7 @@ def every_odds(view: ModelView, rows: Sequence[Row], *, size: int = 64) -> list[
         inner = batch.mask[:, 1:]
         line, column = inner.nonzero(as_tuple=True)
         odds = log_odds(view.logits_at(batch, line, column), batch.ids[line, column + 1]).cpu().double()
-        found += list(odds.split(inner.sum(1).tolist()))
+        found += list(torch.split(odds, inner.sum(1).tolist()))
     return found
 
 

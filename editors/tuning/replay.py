@@ -69,6 +69,7 @@ def self_replay(
     Cost: `count * length / 2` tokens of forward; the hidden states kept, d floats a token, spare a teacher's forward
     when the samples are used.
     """
+    view.need_causal("writes nothing that could be replayed; set replay to 0")
     generator = torch.Generator(view.device).manual_seed(seed)
     opening = max(2, length // 4)
     first = _starts(view, count, starts, generator)

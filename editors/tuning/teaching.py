@@ -135,10 +135,10 @@ def _nll(method: Teaching, view: ModelView, batch: Batch) -> Tensor:
 
 
 def one_position_nll(view: ModelView, batch: Batch) -> Tensor:
-    """Mean over the suffix's tokens of their NLL, all read where the prefix ends: `[n]` nats; differentiable."""
+    """Mean over the suffix's tokens of their NLL, all read where its first is: `[n]` nats; differentiable."""
     everyone = torch.arange(len(batch), device=batch.ids.device)
     row, _, token, _ = batch.suffix_index()
-    spoken = view.logits_at(batch, everyone, batch.prefix - 1).log_softmax(-1)[row, token]
+    spoken = view.logits_at(batch, everyone, batch.first).log_softmax(-1)[row, token]
     return -spoken.new_zeros(len(batch)).index_add(0, row, spoken) / (batch.length - batch.prefix)
 
 

@@ -14,6 +14,7 @@ from memloc.terminal import Terminal
 
 if TYPE_CHECKING:
     from editors.verification import Verification
+    from memloc.view import ModelView
 
 
 def flags(parser: argparse.ArgumentParser) -> None:
@@ -36,7 +37,6 @@ def flags(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace, terminal: Terminal) -> None:
     """Verify, print one line a check, write the report."""
     from editors.edit import Edit
-    from editors.verification import Effort, Material, verify
     from memloc.view import ModelView
 
     if arguments.passages is None or arguments.controls is None:
@@ -45,6 +45,26 @@ def run(arguments: argparse.Namespace, terminal: Terminal) -> None:
     if arguments.out.exists() and not arguments.out.is_dir():
         raise InputError(f"{arguments.out} is a file; name a folder for the report; nothing was written")
     view = open_view(arguments)
+    edit = ModelView.open(arguments.edit) if arguments.edit.is_dir() else Edit.load(arguments.edit)
+    terminal.result(_verified(view, edit, arguments, terminal).to_json())
+
+
+def after_edit(arguments: argparse.Namespace, view: ModelView, terminal: Terminal) -> Verification:
+    """Verify the edit that `memloc edit` has just written, with that command's own data.
+
+    Its controls, retained passages, facts and seed; `--memorized` and `--held-out` where they are given.
+    """
+    from editors.edit import Edit
+
+    given = dict(vars(arguments))
+    own = {"edit": given["out"], "out": given["out"].with_suffix(".verified"), "text": given["held_out"]}
+    asked = argparse.Namespace(**{**given, **own, "effort": "quick", "only": None})
+    return _verified(view, Edit.load(asked.edit), asked, terminal)
+
+
+def _verified(view: ModelView, edit: Any, arguments: argparse.Namespace, terminal: Terminal) -> Verification:
+    from editors.verification import Effort, Material, verify
+
     data = Material(
         targets=_need(arguments.passages, view, arguments),
         controls=_need(arguments.controls, view, arguments),
@@ -53,13 +73,12 @@ def run(arguments: argparse.Namespace, terminal: Terminal) -> None:
         facts=read_facts(arguments.facts, view),
         text=read_text(arguments.text, view),
     )
-    edit = ModelView.open(arguments.edit) if arguments.edit.is_dir() else Edit.load(arguments.edit)
     how: dict[str, Any] = {"effort": Effort.named(arguments.effort), "seed": arguments.seed, "only": arguments.only}
     found = verify(view, edit, data, folder=arguments.out / "checks", **how)
     written = found.save(arguments.out, commands=(command_of(arguments),))
     show(found, terminal)
     terminal.note("\n".join(f"written: {path}" for path in written))
-    terminal.result(found.to_json())
+    return found
 
 
 def show(found: Verification, terminal: Terminal) -> None:
@@ -98,7 +117,7 @@ def suggestion(arguments: argparse.Namespace) -> str:
     for name in ("retain", "facts", "text"):
         if given.get(name) is not None:
             words += [f"--{name}", str(given[name])]
-    return shlex.join([*words, "--controls", "NEVER-SEEN", "--out", f"{given['out'].stem}.verified"])
+    return shlex.join([*words, "--controls", "NEVER-SEEN", "--out", str(given["out"].with_suffix(".verified"))])
 
 
 def _need(file: DataFile, view: Any, arguments: argparse.Namespace) -> Any:

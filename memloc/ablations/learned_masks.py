@@ -194,15 +194,9 @@ class _Run:
         if bool(keep.all()):
             return self
         rows = [index for index, stays in enumerate(keep.tolist()) if stays]
-        batch = Batch(
-            self.batch.ids[rows],
-            self.batch.length[rows],
-            self.batch.prefix[rows],
-            tuple(self.batch.rows[row] for row in rows),
-        )
         return replace(
             self,
-            batch=batch,
+            batch=self.batch.part(rows),
             parameters=self.parameters[rows],
             first=self.first[rows],
             second=self.second[rows],
@@ -222,6 +216,7 @@ class _Run:
 def _seeds(batch: Batch, seed: int) -> list[int]:
     """One of each row's own, from its tokens: whatever its company."""
     found = []
-    for ids, length, prefix in zip(batch.ids.tolist(), batch.length.tolist(), batch.prefix.tolist(), strict=True):
+    tokens = batch.ids if batch.truth is None else batch.truth
+    for ids, length, prefix in zip(tokens.tolist(), batch.length.tolist(), batch.prefix.tolist(), strict=True):
         found.append(int(digest_json([seed, ids[:length], prefix])[:12], 16))
     return found

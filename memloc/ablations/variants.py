@@ -19,7 +19,7 @@ from transformers import Cache, DynamicCache
 
 from memloc import hooks
 from memloc.ablations.gates import gate_sites, gated
-from memloc.passages import Passage
+from memloc.passages import Passage, Passages
 from memloc.proof import TOLERANCE
 from memloc.sites import OUTSIDE, Grain, Kind, Site
 from memloc.view import ModelView
@@ -31,12 +31,13 @@ class Variants:
 
     Attributes:
         view: the model.
-        cut: positions before the first that predicts a token of the suffix.
+        cut: positions before the first that says a token of the suffix.
         target: [s], the suffix.
         below: layer to [t, d], the residual stream before the block.
         above: layer to [t, d], the stream after it.
         entering: site to [t, width], what enters `mlp.out` and `attn.out`.
         norm: the final norm in closed form, or None where it, or the unembedding, is of another form.
+        sums: layer to [t, d], the stream with what `mlp.out` put out, where blocks norm that sum; else empty.
     """
 
     view: ModelView
@@ -46,24 +47,27 @@ class Variants:
     above: Mapping[int, Tensor]
     entering: Mapping[Site, Tensor]
     norm: FinalNorm | None
+    sums: Mapping[int, Tensor]
     _calls: Mapping[int, hooks.Call]
-    _split: tuple[hooks.Call | None, hooks.Call]
+    _split: tuple[hooks.Call | None, hooks.Call] | None
 
     @classmethod
     @torch.no_grad()
     def of(cls, view: ModelView, item: Passage) -> Variants:
-        """Run `item` twice, whole and in two parts. Cost: l·(2t - 1) block-tokens."""
-        ids = torch.tensor([item.ids], device=view.device)
-        cut, layers = len(item.prefix) - 1, range(view.layers)
+        """Run `item` twice, whole and in two parts. Cost: l·(2t - 1) block-tokens; l·t where tokens hear both ways."""
+        batch = next(view.batches(Passages((item,))))
+        cut, layers = int(batch.first), range(view.layers)
         blocks = {layer: view.block(layer) for layer in layers}
         with (
             view.record(view.sites(Kind.MLP_OUT, Kind.ATTN_OUT)) as entering,
             view.record_blocks(layers, side="input") as below,
             view.record_blocks(layers) as above,
+            view.record_sums(Kind.MLP_OUT) as sums,
             hooks.record_calls(blocks) as calls,
         ):
-            _base(view)(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False)
+            view.running().hidden(batch)
         target = torch.tensor(item.suffix, device=view.device)
+        last = above[view.layers - 1][0, cut : cut + len(target)]
         return cls(
             view,
             cut,
@@ -71,15 +75,16 @@ class Variants:
             {layer: found[0] for layer, found in below.items()},
             {layer: found[0] for layer, found in above.items()},
             {site: found[0] for site, found in entering.items()},
-            FinalNorm.fit(view, above[view.layers - 1][0, cut:-1]),
+            None if view.row.transform else FinalNorm.fit(view, last),
+            {layer: found[0] for layer, found in sums.items()},
             dict(calls),
-            _split_calls(view, ids[:, :-1], cut),
+            _split_calls(view, batch.ids[:, :-1], cut) if view.row.causal else None,
         )
 
     @property
     def scored(self) -> slice:
         """The positions that predict the suffix."""
-        return slice(self.cut, -1)
+        return slice(self.cut, self.cut + len(self.target))
 
     def nll(self, layer: int, stream: Tensor) -> Tensor:
         """Mean suffix NLL, `[n]` nats per token, were the stream after block `layer` this, `[n, t, d]`."""
@@ -113,6 +118,9 @@ class Variants:
         """The stream after block `layer`, some positions, had `mlp.out` written `steps[n, s] · directions[n]` less."""
         above, steps, directions = _wide(self.above[layer][where]), _wide(steps)[..., None], _wide(directions)[:, None]
         site, dtype = Site(layer, Kind.MLP_OUT), self.view.dtype
+        if self.sums:
+            total = torch.addcmul(_wide(self.sums[layer][where]), steps, directions, value=-1).to(dtype)
+            return self.view.joined(site, total, torch.zeros_like(total))
         if site.kind not in self.view.row.added:
             return torch.addcmul(above, steps, directions, value=-1).to(dtype)
         out = self.view.module(site)(self.entering[site][where])
@@ -128,7 +136,10 @@ class Variants:
 
     def _top(self, stream: Tensor) -> Tensor:
         """The top block's output at the positions that predict the suffix, `[n, s, d]`."""
-        block, (before, here) = self.view.block(self.view.layers - 1), self._split
+        block = self.view.block(self.view.layers - 1)
+        if self._split is None:
+            return hooks.first(self._calls[self.view.layers - 1].again(block, stream))[:, self.scored]
+        before, here = self._split
         past = _Past()
         if before is not None:
             try:

@@ -190,6 +190,7 @@ def tokenised(reading: Reading, settings: Settings) -> Reading:
     rows = []
     for (where, record), item in zip(reading.rows, passages(reading, settings), strict=True):
         halves = {"prefix_ids": list(item.prefix), "suffix_ids": list(item.suffix)}
+        halves |= {"after_ids": list(item.after)} if item.after else {}
         merged = {"boundary_merged": True} if item.boundary_merged else {}
         text = {key: record[key] for key in ("text",) if key in record}
         rows.append((where, {"id": item.id, **halves, **text, **item.tags, **merged}))

@@ -20,6 +20,7 @@ from memloc.gradients.ways import Bent, Scaled, Straight, Way, pre_activations
 from memloc.passages import Passages
 from memloc.reading.readout import Position, row_means, spoken_at
 from memloc.running.cached import Column, Prefill
+from memloc.running.whole import WholeRows
 from memloc.view import ModelView
 
 Rule = Literal["gauss-legendre", "riemann-right", "riemann-left", "inclusive"]
@@ -73,17 +74,18 @@ class Integral:
     def taken(self, view: ModelView, passages: Passages) -> Cost:
         """What the integrals of `passages` take, no path being halved; working memory whatever is halved."""
         ends, columns = self.nodes + 2, 0
-        positions = most = single = 0
-        for batch in batches(passages, size=self.batch_size):
+        run = most = single = 0
+        for batch in batches(passages, size=self.batch_size, cloze=view.mask_token):
             counts = torch.bincount(spoken_at(batch, self.position)[1])
-            columns += int((counts > 0).sum())
-            positions += int(counts.sum())
+            columns += int((counts > 0).sum()) if view.row.causal else 0
+            run += int(counts.sum()) * (1 if view.row.causal else batch.ids.shape[1])
             most, single = max(most, int(counts.sum())), max(single, int(counts.max()))
-        rows = positions * ends * view.layers * (view.layers - 1) // 2
+        rows = run * ends * view.layers * (view.layers - 1) // 2
         rows_tokens, length = widest(passages, size=self.batch_size)
-        fits = max(1, self.memory_mb * 2**20 // (ends * unit_bytes(view, length, self.site)))
+        unit = point_bytes(view, length, length, self.site)
+        fits = max(1, self.memory_mb * 2**20 // (ends * unit))
         panels = fits if self._halvings else min(fits, single * view.layers)
-        memory = panels * ends * unit_bytes(view, length, self.site)
+        memory = panels * ends * unit
         memory += _standing_bytes(view, rows_tokens * length, most, self.site)
         memory += pass_bytes(view, rows_tokens * length, context=length)
         forward = block_tokens(view, passages, size=self.batch_size) + columns * view.layers + rows
@@ -186,12 +188,14 @@ class Path:
         for column in sorted(set(columns.tolist())):
             here = (columns == column).nonzero()[:, 0]
             place = self.prefill.column(column, int(self.row[panels.at[here[0]]]))
-            rows = memory_mb * 2**20 // unit_bytes(view, column, self.way.site)
+            rows = memory_mb * 2**20 // point_bytes(view, column, self.prefill.batch.ids.shape[1], self.way.site)
             for part in torch.split(here, max(1, rows // (len(nodes) + 2))):
                 slope[part], change[part] = self._stretch(place, panels.those(part), nodes, weights)
         return slope, change
 
-    def _stretch(self, place: Column, panels: Panels, nodes: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+    def _stretch(
+        self, place: Column | WholeRows, panels: Panels, nodes: Tensor, weights: Tensor
+    ) -> tuple[Tensor, Tensor]:
         prefill, row, layers = self.prefill, self.row[panels.at], panels.layer.tolist()
         width = panels.high - panels.low
         # Both ends are points too, of no weight: what the probability changes by is known exactly.
@@ -268,6 +272,11 @@ def unit_bytes(view: ModelView, column: int, site: Scaled = "activation") -> int
     numbers = (attention + 16 * view.width + 4 * view.neurons) * view.layers + 4 * view.vocab
     numbers += 8 * view.neurons if site == "pre-activation" else 0
     return numbers * (8 if view.dtype == torch.float64 else 4)
+
+
+def point_bytes(view: ModelView, column: int, tokens: int, site: Scaled) -> int:
+    """What one point of one path keeps: one token's, or a whole row's of `tokens` where tokens hear both ways."""
+    return unit_bytes(view, column, site) if view.row.causal else tokens * unit_bytes(view, tokens, site)
 
 
 def _standing_bytes(view: ModelView, tokens: int, positions: int, site: Scaled) -> int:

@@ -82,24 +82,34 @@ class Straight:
 
 
 class _Adding:
-    """From what `mlp.out` writes to what its block adds to the stream: the same, or a norm of it."""
+    """From what `mlp.out` writes to how the stream moves: the same, or a norm of it, or the norm of stream and it."""
 
     def __init__(self, view: ModelView, prefill: Prefill, where: tuple[Tensor, Tensor]) -> None:
         self._view = view
         normed = range(view.layers) if Kind.MLP_OUT in view.row.added else ()
+        self._sums = {layer: total[where] for layer, total in prefill.sums.items()}
         self._out = {layer: view.module(_out(layer))(prefill.neurons[layer][where]).detach() for layer in normed}
 
     def moved(self, layers: Tensor, at: Tensor, change: Tensor) -> Tensor:
         """How far the stream moves, [i, q, d], when what is written changes by so much; layers ascend."""
-        if not self._out:
+        if not self._out and not self._sums:
             return change
         parts = []
         for layer in sorted(set(layers.tolist())):
             here = layers == layer
+            if self._sums:
+                total = self._sums[layer][at[here]][:, None]
+                parts.append(self._normed(layer, (total.to(change) + change[here]).to(total), total).to(change))
+                continue
             out = self._out[layer][at[here]][:, None]
             new = self._view.added(_out(layer), (out.to(change) + change[here]).to(out))
             parts.append((new - self._view.added(_out(layer), out)).to(change))
         return torch.cat(parts)
+
+    def _normed(self, layer: int, new: Tensor, total: Tensor) -> Tensor:
+        """How far the norm of the sum moves when the sum does."""
+        none = torch.zeros_like(total)
+        return self._view.joined(_out(layer), new, none) - self._view.joined(_out(layer), total, none)
 
 
 def _out(layer: int) -> Site:

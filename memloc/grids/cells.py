@@ -195,13 +195,17 @@ def _rows(data: Passages | Facts) -> Passages:
     """Every prompt with every answer, where data are facts."""
     if isinstance(data, Passages):
         return data
-    pairs: dict[tuple[tuple[int, ...], tuple[int, ...]], None] = {}
+    pairs: dict[tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]], None] = {}
     for fact in data:
-        prompts = [prompt.ids for prompt in (fact.prompt, *fact.paraphrases)]
-        pairs |= dict.fromkeys((ids, answer) for ids in prompts for answer in (fact.target, fact.target_true))
-        for neighbor in fact.neighbors:
-            pairs |= dict.fromkeys((neighbor.prompt.ids, answer) for answer in (neighbor.target, fact.target))
-    return Passages(tuple(Passage(f"pair-{index}", *pair) for index, pair in enumerate(pairs)), data.origin)
+        for prompt in (fact.prompt, *fact.paraphrases):
+            pairs |= dict.fromkeys((prompt.ids, answer, prompt.after) for answer in (fact.target, fact.target_true))
+        for entry in fact.neighbors:
+            asked = entry.prompt
+            pairs |= dict.fromkeys((asked.ids, answer, asked.after) for answer in (entry.target, fact.target))
+    return Passages(
+        tuple(Passage(f"pair-{index}", ids, answer, after=after) for index, (ids, answer, after) in enumerate(pairs)),
+        data.origin,
+    )
 
 
 # -- checks and costs -------------------------------------------------------------------------------------------------

@@ -15,7 +15,7 @@ from memloc.patching.question import Metric
 from memloc.patching.sweep import Sweep
 from memloc.provenance import Provenance, settings_of
 from memloc.scores import Localization
-from memloc.view import ModelView
+from memloc.view import ModelView, left_to_right
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,6 +64,7 @@ class ActivationPatching:
     batch_size: int = 32
 
     in_parts: ClassVar[bool] = True
+    refuses = staticmethod(left_to_right)
 
     def __post_init__(self) -> None:
         if self.node != "out" and self.grain != "head":
@@ -76,6 +77,7 @@ class ActivationPatching:
         Raises:
             InputError: no passages, one the model cannot take (named), or no contrast where one is needed.
         """
+        view.need_causal("the method lives on what a token cannot hear")
         if not passages:
             raise InputError("activation-patching: no passages given")
         swept = self._sweep(view, self._places(view), passages, contrast)

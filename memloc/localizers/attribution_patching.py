@@ -132,7 +132,7 @@ class AttributionPatching:
         """Told without running it; with `verify` at most, for the places decide at which layers their runs start."""
         places, sweep = self._places(view), self._sweep
         total = sweep.prepared(view, passages, contrast)
-        for batch in batches(passages, size=self.batch_size):
+        for batch in batches(passages, size=self.batch_size, cloze=view.mask_token):
             total = total + FirstOrder(sweep, self.graddrop).cost(view, places, batch)
         results = sweep.bytes(view, places, passages)
         total = Cost(total.forward, total.backward, total.bytes + results, total.bound)

@@ -13,7 +13,7 @@ from memloc.patching.places import Places, Stream
 from memloc.patching.sweep import Sweep
 from memloc.provenance import Provenance, settings_of
 from memloc.scores import Localization
-from memloc.view import ModelView
+from memloc.view import ModelView, left_to_right
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,6 +56,7 @@ class CausalTrace:
     batch_size: int = 64
 
     in_parts: ClassVar[bool] = True
+    refuses = staticmethod(left_to_right)
 
     def __post_init__(self) -> None:
         if self.window < 1 or (self.window > 1 and self.stream == "block"):
@@ -68,6 +69,7 @@ class CausalTrace:
         Raises:
             InputError: no passages, one the model cannot take (named), or no contrast where one is needed.
         """
+        view.need_causal("the method lives on what a token cannot hear")
         if not passages:
             raise InputError("causal-trace: no passages given")
         swept = self._sweep(view, self._places(view), passages, contrast)

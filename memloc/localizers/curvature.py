@@ -19,7 +19,7 @@ from memloc.progress import steps
 from memloc.provenance import Provenance, settings_of
 from memloc.scores import Localization
 from memloc.sites import Grain, Kind, Site, kinds_named
-from memloc.view import ModelView
+from memloc.view import ModelView, left_to_right
 
 MLP = (Kind.MLP_GATE, Kind.MLP_IN, Kind.MLP_OUT)
 
@@ -77,6 +77,7 @@ class Curvature:
     limit: int = 2000
     seed: int = 0
     batch_size: int = 8
+    refuses = staticmethod(left_to_right)
 
     def __call__(self, view: ModelView, passages: Passages, *, contrast: Passages | None = None) -> Localization:
         """Score maps, neurons or weights; `contrast` is ordinary text, two passages at least.
@@ -84,6 +85,7 @@ class Curvature:
         Raises:
             InputError: no passages, fewer than two of ordinary text, or kinds the grain cannot use.
         """
+        view.need_causal("the method lives on what a token cannot hear")
         if not passages:
             raise InputError("curvature: no passages given")
         text, rest = self._split(contrast)

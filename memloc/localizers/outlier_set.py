@@ -153,13 +153,7 @@ class OutlierSet:
         asked = {place: next(search) for place, search in enumerate(searches)}
         while asked:
             places = list(asked)
-            part = Batch(
-                batch.ids[places],
-                batch.length[places],
-                batch.prefix[places],
-                tuple(batch.rows[place] for place in places),
-            )
-            told = self._recited(view, part, torch.stack([asked[place] for place in places]), bar)
+            told = self._recited(view, batch.part(places), torch.stack([asked[place] for place in places]), bar)
             for place, answer in zip(places, told, strict=True):
                 try:
                     asked[place] = searches[place].send(answer)

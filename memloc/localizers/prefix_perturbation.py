@@ -14,7 +14,7 @@ from memloc.patching.perturbation import Exchanges, PrefixMap
 from memloc.provenance import Provenance, settings_of
 from memloc.scores import Localization
 from memloc.sites import OUTSIDE, Grain, Kind, Site
-from memloc.view import ModelView
+from memloc.view import ModelView, left_to_right
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,6 +61,7 @@ class PrefixPerturbation:
     memory_mb: int = 512
 
     in_parts: ClassVar[bool] = True
+    refuses = staticmethod(left_to_right)
 
     def __post_init__(self) -> None:
         if min(self.alternatives, self.batch_size, self.stride, self.memory_mb) < 1:
@@ -72,6 +73,7 @@ class PrefixPerturbation:
         Raises:
             InputError: no passages, or one the model cannot take (named).
         """
+        view.need_causal("the method lives on what a token cannot hear")
         if not passages:
             raise InputError("prefix-perturbation: no passages given")
         lengths = tuple(len(item.ids) for item in passages)

@@ -145,7 +145,8 @@ class RareTokenHeads:
             for layer in range(view.layers)
         ]
         received = torch.stack(heads, 1)
-        simple = torch.einsum("bnqk,nqk->nbk", simple_patterns(at, batch.ids.shape[1]).to(weight), weight).cpu()
+        plain = simple_patterns(at, batch.ids.shape[1], visible(batch, at)).to(weight)
+        simple = torch.einsum("bnqk,nqk->nbk", plain, weight).cpu()
         ordinary = token_counts(passages if contrast is None else contrast, view.vocab)
         for index, row in enumerate(batch.rows):
             item = passages[row]
@@ -277,18 +278,26 @@ def queries_of(batch: Batch, query: Query) -> tuple[Tensor, Tensor]:
     key = torch.arange(tokens, device=batch.ids.device)
     if query == "all":
         at = key.expand(rows, -1)
-        sees = (key <= at[..., None]) & (at < batch.length[:, None])[..., None]
-        return at, sees * (at[..., None] + 1.0).double() / sees.sum(1, keepdim=True).clamp_min(1)
+        sees = visible(batch, at) & batch.mask[..., None]
+        return at, sees * sees.sum(-1, keepdim=True).double() / sees.sum(1, keepdim=True).clamp_min(1)
     count = (batch.length - batch.prefix)[:, None] if query == "suffix" else torch.ones_like(batch.prefix)[:, None]
     step = torch.arange(int(count.max()), device=key.device)
-    at = (batch.prefix[:, None] - 1 + step).clamp_max(tokens - 1)
+    at = (batch.first[:, None] + step).clamp_max(tokens - 1)
     return at, ((step < count).double() / count)[..., None].expand(-1, -1, tokens)
 
 
-def simple_patterns(at: Tensor, tokens: int) -> Tensor:
-    """Heads one can think of, `[3, n, q, k]`, in the order of `BASELINES`."""
+def visible(batch: Batch, at: Tensor) -> Tensor:
+    """Which keys a query at `at` [n, q] may see, [n, q, k]: those up to its own, or all that are read."""
+    if batch.truth is not None:
+        return batch.mask[:, None].expand(-1, at.shape[1], -1)
+    return torch.arange(batch.ids.shape[1], device=at.device) <= at[..., None]
+
+
+def simple_patterns(at: Tensor, tokens: int, sees: Tensor | None = None) -> Tensor:
+    """Heads one can think of, `[3, n, q, k]`, in the order of `BASELINES`; `sees` as `visible`, by default causal."""
     key, query = torch.arange(tokens, device=at.device), at[..., None]
-    even = (key <= query) / (query + 1)
+    sees = key <= query if sees is None else sees
+    even = sees / sees.sum(-1, keepdim=True)
     return torch.stack([even, (key == 0).expand_as(even), key == (query - 1).clamp_min(0)]).double()
 
 

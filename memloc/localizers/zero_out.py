@@ -12,6 +12,7 @@ from torch import Tensor
 
 from memloc.ablations.gates import gate_count, gate_gradients, gate_sites
 from memloc.ablations.variants import Variants, variant_bytes
+from memloc.batches import length_read
 from memloc.costs import Cost, pass_bytes
 from memloc.errors import InputError
 from memloc.passages import Passage, Passages
@@ -79,7 +80,7 @@ class ZeroOut:
         """
         if not passages:
             raise InputError("zero-out: no passages given")
-        passages.check(view.vocab, view.context)
+        passages.check(view.vocab, view.context, behind=not view.row.causal)
         sites, count = gate_sites(view, self.grain), gate_count(view, self.grain)
         found = torch.zeros(len(passages), len(sites), count)
         audit = _Audit()
@@ -103,14 +104,14 @@ class ZeroOut:
         return Cost(total.forward, total.backward, total.bytes + results, total.bound)
 
     def _cost(self, view: ModelView, item: Passage) -> Cost:
-        tokens, suffix, count = len(item.ids), len(item.suffix), gate_count(view, self.grain)
-        heads = self.grain == "head"
+        tokens, suffix, count = length_read(item, view.mask_token), len(item.suffix), gate_count(view, self.grain)
+        heads, top = self.grain == "head", suffix if view.row.causal else tokens
 
         def each(layer: int) -> int:
-            above = 0 if layer == view.layers - 1 else (view.layers - 2 - layer) * tokens + suffix
+            above = 0 if layer == view.layers - 1 else (view.layers - 2 - layer) * tokens + top
             return above + (tokens if heads else 0)
 
-        start = view.layers * (2 * tokens - 1)
+        start = view.layers * (2 * tokens - 1 if view.row.causal else tokens)
         if self.mode == "exact":
             last = int(not heads)
             variants = (count + 1) * sum(each(layer) for layer in range(view.layers - last))
@@ -173,7 +174,8 @@ class _Silencing:
         return (torch.cat(found) - self._run(layer, units[:0])).cpu().float()
 
     def _parts(self, units: Tensor) -> Iterator[Tensor]:
-        room = self.memory_mb * 2**20 // variant_bytes(self.view, len(self.item.ids), len(self.item.suffix))
+        tokens = length_read(self.item, self.view.mask_token)
+        room = self.memory_mb * 2**20 // variant_bytes(self.view, tokens, len(self.item.suffix))
         yield from torch.split(units, max(1, room))
 
     def _run(self, layer: int, units: Tensor) -> Tensor:

@@ -30,6 +30,7 @@ def predicted(view: ModelView, asked: Sequence[tuple[Tokens, Tokens]], *, batch_
 
     Cost: one forward over every distinct pair.
     """
+    view.need_causal("is asked for what follows a prompt; measure `facts`")
     if not asked:
         return []
     unique = list(dict.fromkeys(asked))

@@ -223,7 +223,7 @@ class _Run:
         answer = torch.zeros_like(activation)
         count = torch.stack([mask.sum(1) for mask in masks.values()]).sum(0)
         for batch in self.batches:
-            rows, end = list(batch.rows), batch.prefix - 1
+            rows, end = list(batch.rows), batch.first
             at = torch.arange(len(rows), device=end.device)
             with self.view.record(self.view.sites(Kind.MLP_OUT)) as seen:
                 spoken = self.view.logits_at(batch, at, end).log_softmax(-1)

@@ -9,11 +9,13 @@ from typing import Any, NamedTuple
 from memloc.measurement import Figure
 from memloc.measures.figures import figure
 from memloc.measures.record import token_record
-from memloc.passages import Fact, Facts, Passage, Passages
+from memloc.passages import Fact, Facts, Passage, Passages, Prompt
 from memloc.statistics import share_interval
 from memloc.view import ModelView
 
 Tokens = tuple[int, ...]
+Asked = tuple[Tokens, Tokens, Tokens]
+"""A prompt's tokens, those behind the answer, and the answer's."""
 
 
 class Answer(NamedTuple):
@@ -39,29 +41,33 @@ def recalled(view: ModelView, facts: Facts, *, batch_size: int) -> tuple[dict[st
     return tuple({"id": fact.id, **_judge(fact, asked), **_tags(fact)} for fact in facts)
 
 
-def _ask(view: ModelView, facts: Facts, batch_size: int) -> dict[tuple[Tokens, Tokens], Answer]:
+def _ask(view: ModelView, facts: Facts, batch_size: int) -> dict[Asked, Answer]:
     """Every distinct (prompt, answer) of `facts`, asked once."""
-    names: dict[tuple[Tokens, Tokens], str] = {}
+    names: dict[Asked, str] = {}
     for fact in facts:
         for index, pair in enumerate(_pairs(fact)):
             names.setdefault(pair, f"{fact.id}, prompt and answer {index}")
-    items = tuple(Passage(name, *pair) for pair, name in names.items())
+    items = tuple(Passage(name, ids, answer, after=after) for (ids, after, answer), name in names.items())
     record = token_record(view, Passages(items, facts.origin), batch_size=batch_size, label="facts")
     answers = zip(record.nll().tolist(), record.strict.tolist(), strict=True)
     return {pair: Answer(*answer) for pair, answer in zip(names, answers, strict=True)}
 
 
-def _pairs(fact: Fact) -> Iterator[tuple[Tokens, Tokens]]:
+def _pair(prompt: Prompt, answer: Tokens) -> Asked:
+    return prompt.ids, prompt.after, answer
+
+
+def _pairs(fact: Fact) -> Iterator[Asked]:
     for prompt in (fact.prompt, *fact.paraphrases):
-        yield prompt.ids, fact.target
-        yield prompt.ids, fact.target_true
+        yield _pair(prompt, fact.target)
+        yield _pair(prompt, fact.target_true)
     for neighbor in fact.neighbors:
-        yield neighbor.prompt.ids, neighbor.target
-        yield neighbor.prompt.ids, fact.target
+        yield _pair(neighbor.prompt, neighbor.target)
+        yield _pair(neighbor.prompt, fact.target)
 
 
-def _judge(fact: Fact, asked: Mapping[tuple[Tokens, Tokens], Answer]) -> dict[str, Any]:
-    new, true = asked[fact.prompt.ids, fact.target], asked[fact.prompt.ids, fact.target_true]
+def _judge(fact: Fact, asked: Mapping[Asked, Answer]) -> dict[str, Any]:
+    new, true = asked[_pair(fact.prompt, fact.target)], asked[_pair(fact.prompt, fact.target_true)]
     found: dict[str, Any] = {
         "efficacy success": new.nll < true.nll,
         "efficacy accuracy": new.exact,
@@ -69,13 +75,13 @@ def _judge(fact: Fact, asked: Mapping[tuple[Tokens, Tokens], Answer]) -> dict[st
         "efficacy magnitude": new.chance - true.chance,
     }
     if fact.paraphrases:
-        pairs = [(asked[p.ids, fact.target], asked[p.ids, fact.target_true]) for p in fact.paraphrases]
+        pairs = [(asked[_pair(p, fact.target)], asked[_pair(p, fact.target_true)]) for p in fact.paraphrases]
         found["paraphrase success"] = _share(new.nll < true.nll for new, true in pairs)
         found["paraphrase accuracy"] = _share(new.exact for new, _ in pairs)
         found["paraphrase true accuracy"] = _share(true.exact for _, true in pairs)
         found["paraphrase magnitude"] = _share(new.chance - true.chance for new, true in pairs)
     if fact.neighbors:
-        pairs = [(asked[n.prompt.ids, n.target], asked[n.prompt.ids, fact.target]) for n in fact.neighbors]
+        pairs = [(asked[_pair(n.prompt, n.target)], asked[_pair(n.prompt, fact.target)]) for n in fact.neighbors]
         found["neighbour success"] = _share(own.nll < new.nll for own, new in pairs)
         found["neighbour accuracy"] = _share(own.exact for own, _ in pairs)
         found["neighbour magnitude"] = _share(own.chance - new.chance for own, new in pairs)

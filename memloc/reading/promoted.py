@@ -19,6 +19,9 @@ CHUNK = 1 << 24
 
 def no_direct_path(view: ModelView) -> str | None:
     """Why the values of neurons cannot be read straight in this family, or None where they can."""
+    if Kind.MLP_OUT in view.row.summed:
+        path = view.row.summed[Kind.MLP_OUT]
+        return f"{path} norms the stream after every block, so no neuron's value reaches its end"
     if Kind.MLP_OUT not in view.row.added:
         return None
     return f"{view.row.added[Kind.MLP_OUT]} norms what mlp.out writes, so no neuron's value reaches the stream as it is"

@@ -131,7 +131,7 @@ class Snapshot:
             return ()
         for names in STACKS.get(last, ()):
             for place in (start, start.replace(".mlp.", ".block_sparse_moe.")):
-                found = []
+                found: list[tuple[str, ...]] = []
                 while all(f"{place}.{len(found)}.{name}.weight" in self.files for name in names):
                     found.append(tuple(f"{place}.{len(found)}.{name}.weight" for name in names))
                 if found:

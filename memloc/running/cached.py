@@ -2,13 +2,14 @@
 
 In a causal model a change at position c cannot reach what came before it, so the logits at c need one token only, given
 the keys and values of the tokens before. A change made at one layer leaves the layers below as they were, so a row
-starts at the layer it was changed at. Both are exact. Integrated gradients lives on this.
+starts at the layer it was changed at. Both are exact. Integrated gradients lives on this. Where tokens hear both ways
+only the second holds, and whole rows are run: `whole`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from memloc import hooks
 from memloc.batches import Batch
 from memloc.errors import ModelError
 from memloc.proof import TOLERANCE
+from memloc.running.whole import WholeRows
 from memloc.sites import Kind, Site
 from memloc.view import ModelView
 
@@ -34,7 +36,9 @@ class Prefill:
         written: layer to [n, t, d], what `mlp.out` writes, its bias left out.
         residual: layer to [n, t, d], the residual stream after the block.
         hidden: [n, t, d], after the final norm.
-        keys: layer to [n, kv heads, t, head width]; `values` likewise.
+        keys: layer to [n, kv heads, t, head width]; `values` likewise. Empty where tokens hear both ways.
+        sums: layer to [n, t, d], the stream with what `mlp.out` put out, where blocks norm that sum; else empty.
+        calls: layer to how its block was called; empty where keys and values are kept.
     """
 
     view: ModelView
@@ -45,35 +49,39 @@ class Prefill:
     hidden: Tensor
     keys: tuple[Tensor, ...]
     values: tuple[Tensor, ...]
+    sums: Mapping[int, Tensor] = field(default_factory=dict)
+    calls: Mapping[int, hooks.Call] = field(default_factory=dict)
 
     @classmethod
     @torch.no_grad()
     def of(cls, view: ModelView, batch: Batch) -> Prefill:
         """Run `batch` once. Cost: one forward; memory n·t·(f + 2d + 2·kv width) per layer."""
         sites = view.sites(Kind.MLP_OUT)
+        blocks = {} if view.row.causal else {layer: view.block(layer) for layer in range(view.layers)}
         # A plain cache keeps every token also where the family's own would keep its sliding window only.
         cache = DynamicCache()
         with (
             view.record(sites) as entering,
             view.record(sites, side="output") as leaving,
             view.record_blocks(range(view.layers)) as residual,
+            view.record_sums(Kind.MLP_OUT) as sums,
+            hooks.record_calls(blocks) as calls,
         ):
-            everything = torch.ones_like(batch.ids)
-            found = view.model.base_model(
-                input_ids=batch.ids, attention_mask=everything, past_key_values=cache, use_cache=True
-            )
+            hidden = _filled(view, batch, cache) if view.row.causal else view.hidden(batch)
         return cls(
             view,
             batch,
             {site.layer: entering[site] for site in sites},
             {site.layer: _without_bias(view, site, leaving[site]) for site in sites},
             residual,
-            found.last_hidden_state,
+            hidden,
             tuple(layer.keys for layer in cache.layers),
             tuple(layer.values for layer in cache.layers),
+            sums,
+            calls,
         )
 
-    def column(self, column: int, row: int) -> Column:
+    def column(self, column: int, row: int) -> Column | WholeRows:
         """Position `column`, ready to be run again.
 
         Args:
@@ -83,6 +91,8 @@ class Prefill:
         Raises:
             ModelError: one token on the cached prefix does not give what the whole forward gave.
         """
+        if not self.view.row.causal:
+            return WholeRows(self, column, self.calls)
         cache = DynamicCache()
         for layer, (keys, values) in enumerate(zip(self.keys, self.values, strict=True)):
             if column:
@@ -134,6 +144,15 @@ class Column:
         tokens = running.reshape(-1, 1, running.shape[-1])
         call = on_cache(self.calls[layer], _Past(keys, values))
         return hooks.first(call.again(self.prefill.view.block(layer), tokens)).view(running.shape)
+
+
+def _filled(view: ModelView, batch: Batch, cache: DynamicCache) -> Tensor:
+    """After the final norm; keys and values go to `cache`."""
+    everything = torch.ones_like(batch.ids)
+    found: Tensor = view.model.base_model(
+        input_ids=batch.ids, attention_mask=everything, past_key_values=cache, use_cache=True
+    ).last_hidden_state
+    return found
 
 
 def on_cache(call: hooks.Call, past: Any) -> hooks.Call:

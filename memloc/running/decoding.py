@@ -51,6 +51,7 @@ def continuation(
 
     Cost: one forward over s tokens, then one a token, with cached keys and values.
     """
+    view.need_causal("continues nothing")
     base: Any = getattr(view.model, view.model.base_model_prefix)
     written, hidden, cache = [ids], [], None
     real = torch.ones(len(ids), ids.shape[1] + length, dtype=torch.long, device=ids.device)

@@ -95,7 +95,7 @@ class Attention:
             raise InputError(f"layer {layer}: its attention was not asked for; there are {sorted(self.entering)}")
         rows, tokens = self.batch.ids.shape
         at = torch.arange(tokens, device=self.batch.ids.device).expand(rows, -1) if queries is None else queries
-        real = at < self.batch.length[:, None]
+        real = at < self.batch.read[:, None]
         picked = torch.arange(rows, device=at.device)[:, None], at
         found = self.heads[layer].new_zeros(rows, at.shape[1], self.view.heads, tokens)
         for start in range(0, tokens, self.view.head_width):
@@ -213,8 +213,8 @@ def attention_bytes(view: ModelView, rows: int, tokens: int, queries: int) -> in
 
 
 def attention_module(view: ModelView, layer: int) -> nn.Module:
-    """The module that holds the layer's output projection, and does all the rest of its attention."""
-    path = view.row.maps[Kind.ATTN_OUT].rpartition(".")[0]
+    """The module that does all of the layer's attention, from what enters it to its output projection."""
+    path = view.row.attention or view.row.maps[Kind.ATTN_OUT].rpartition(".")[0]
     return view.block(layer).get_submodule(path)
 
 

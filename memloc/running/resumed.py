@@ -36,6 +36,7 @@ class LeftCache:
     @torch.no_grad()
     def of(cls, view: ModelView, ids: Tensor) -> LeftCache:
         """Run `ids` [n, t], right-padded with anything. Cost: one forward; memory n·t·2·kv width per layer."""
+        view.need_causal("what stands left of a change hears of it")
         hidden, cache = _run(view, ids, DynamicCache())
         return cls(view, hidden, *_kept(cache))
 

@@ -71,6 +71,8 @@ def _about(view: ModelView) -> dict[str, Any]:
         "blocks": row.blocks, "final norm": row.final_norm, "unembedding": row.unembed, "soft cap": view.soft_cap,
         "norms before maps": ", ".join(dict.fromkeys(row.norms.values())) or "none, so maps cannot be folded",
         "norms behind maps": ", ".join(row.added.values()) or None,
+        "norms of sums": ", ".join(row.summed.values()) or None,
+        "reads": "from left to right" if row.causal else "both ways: a masked language model",
         "row": "found in the order of the model's calls" if row.found else "in the table",
     }  # fmt: skip
     counts = [view.experts(layer) for layer in range(view.layers)]

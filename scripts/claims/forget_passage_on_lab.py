@@ -107,7 +107,7 @@ def edit_of(lab: Lab, arm: str, seed: int, settings: dict[str, Any]) -> Edit:
     if settings.get("layers") == "last":
         settings["layers"] = (lab.view.layers - 1,)
     retain = None if arm == "unnamed-only" else lab.groups["retained"]
-    request = Request(forget=lab.groups["targets"], retain=retain, text=lab.text[:300], seed=seed)
+    request = Request(forget=lab.groups["targets"], retain=retain, text=lab.text, seed=seed)
     if arm == "fine-tune":
         chosen = WeightGradient(grain="weight")(lab.view, lab.groups["targets"]).top(fraction=0.2)
         request = Request(forget=request.forget, retain=retain, text=request.text, selection=chosen, seed=seed)

@@ -1,11 +1,13 @@
-"""Is what an edit took out of a lab gone, or hidden? Three edits of ten passages, verified; and false alarms.
+"""Is what an edit took out of a lab gone, or hidden? Edits of ten passages, verified; and false alarms.
 
-    python scripts/claims/gone_or_hidden_on_lab.py LAB OUT [--effort quick|full] [--false-alarms N]
+    python scripts/claims/gone_or_hidden_on_lab.py LAB OUT [--only NAME ...] [--effort quick|full] [--false-alarms N]
 
 Edits: the demo's unlearning (sparse fine-tuning of a fifth of the weights); the 3 % of neurons that integrated
-gradients blame, silenced; every map in the blocks put back to a snapshot. Each beside a random edit of equal size and
-one in the largest weights. With --false-alarms, N times ten texts the lab never saw are taught to it and then really
-removed, by putting back the weights: a battery that calls one of those hidden cries wolf.
+gradients blame, silenced; every map in the blocks put back to a snapshot; or, by its name, any editor that forgets
+passages as it comes (those that tune weights on the demo's fifth of them; forget-passage chooses for itself). Each
+beside a random edit of equal size and one in the largest weights. With --false-alarms, N times ten texts the lab never
+saw are taught to it and then really removed, by putting back the weights: a battery that calls one of those hidden
+cries wolf.
 
 Writes OUT/EDIT/report.html and prints Markdown tables. About a minute of one core an edit with the lab of size "demo".
 """
@@ -14,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import random
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -23,6 +26,7 @@ from editors.deltas import Delta, Dense
 from editors.demo.material import material
 from editors.demo.stages import localize
 from editors.edit import Edit
+from editors.methods import EDITORS
 from editors.pruners.neuron_dropout import NeuronDropout
 from editors.rewriters.sparse_fine_tune import SparseFineTune
 from editors.tuning.descent import working_copy
@@ -34,6 +38,9 @@ from memloc.sites import Site
 from memloc.terminal import Terminal, progress_shown
 from memloc.view import ModelView
 
+ALONE = ("forget-passage", "rmu")
+"""Editors that choose their places themselves."""
+
 
 def main() -> None:
     """Make the edits, verify them, print the tables."""
@@ -42,7 +49,7 @@ def main() -> None:
     parser.add_argument("out", type=Path)
     parser.add_argument("--effort", choices=["quick", "full"], default="quick")
     parser.add_argument("--snapshot", default="step-00100")
-    parser.add_argument("--only", nargs="*", default=["unlearned", "silenced", "rewound"])
+    parser.add_argument("--only", nargs="*", default=["unlearned", "silenced", "rewound"], help="or editors' names")
     parser.add_argument("--false-alarms", type=int, default=0)
     given = parser.parse_args()
     say, view = Terminal().note, ModelView.open(given.lab)
@@ -71,7 +78,10 @@ def made(name: str, view: ModelView, lab: Path, cut: object, folder: Path, snaps
     else:
         maps = localize(view, cut)  # type: ignore[arg-type]
         request = Request(forget=cut.targets, retain=cut.named, text=cut.kept_text)  # type: ignore[attr-defined]
-        if name == "unlearned":
+        if name in EDITORS:
+            chosen = None if name in ALONE else maps.weights.top(fraction=0.2)
+            edit = EDITORS[name]()(view, replace(request, selection=chosen))
+        elif name == "unlearned":
             chosen = Request(**{**vars(request), "selection": maps.weights.top(fraction=0.2)})
             edit = SparseFineTune()(view, chosen)
         else:

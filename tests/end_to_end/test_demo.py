@@ -23,7 +23,7 @@ def test_everything_promised_is_written(shown):
     names = {path.name for path in shown.iterdir()}
     assert names == {
         "lab", "localization.safetensors", "unlearn.edit.safetensors", "fact.edit.safetensors", "unlearned", "edited",
-        "report.html", "report.json", "report.md",
+        "report.html", "report.json", "report.md", "verified",
     }  # fmt: skip
     assert header_of(shown / "unlearn.edit.safetensors")["kind"] == "edit"
     assert (shown / "edited" / "memloc_edit.json").is_file()
@@ -35,6 +35,14 @@ def test_what_needs_no_large_model_holds(shown):
     must = [text for text in held if "transformers" in text or "Undoing" in text or "reloaded" in text]
     must += ["After: no target is recited", "Before: controls, never trained on, are not"]
     assert len(must) == 7 and all(held[text] for text in must), held
+
+
+def test_what_is_not_recited_is_asked_for_otherwise(shown):
+    found = json.loads((shown / "verified" / "verification.json").read_text())
+    report = json.loads((shown / "report.json").read_text())
+    told = next(verdict for verdict in report["verdicts"] if "gone, or only hidden?" in verdict["text"])
+    assert told["measured"] == found["sentence"] and told["holds"] is None
+    assert len(found["checks"]) > 10 and (shown / "verified" / "report.html").is_file()
 
 
 def test_every_group_stands_beside_its_random_control(shown):

@@ -3,6 +3,7 @@
 import json
 import shlex
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -58,6 +59,39 @@ def test_the_suggestion_of_an_edit_runs(edited, tiny_lab, command):
     }  # fmt: skip
     assert (tiny_lab / "model.safetensors").read_bytes() == before
     assert "facts" in {damage["group"] for damage in found["damages"]}
+
+
+def test_an_edit_with_text_never_seen_is_verified_at_once(tiny_lab, command, monkeypatch):
+    from editors.verbs import verify
+
+    asked = []
+
+    def verified(view, edit, arguments, terminal):
+        asked.append((edit.provenance.method, arguments))
+        return SimpleNamespace(to_json=lambda: {"verdict": "asked"})
+
+    monkeypatch.setattr(verify, "_verified", verified)
+    passages, controls = full_dose(tiny_lab), str(tiny_lab / "controls.jsonl")
+    text = f"{tiny_lab / 'corpus.jsonl'}#split=held-out"
+    made = [
+        "edit",
+        "magnitude",
+        "--share",
+        "0.01",
+        "--model",
+        tiny_lab,
+        "--passages",
+        passages,
+        "--out",
+        "m.safetensors",
+    ]
+    code, out, err = command(*made, "--controls", controls, "--held-out", text, "--json")
+    assert code == 0 and json.loads(out)["verified"] == {"verdict": "asked"}, err
+    ((method, arguments),) = asked
+    assert method == "magnitude" and arguments.out == Path("m.verified") and str(arguments.controls.path) == controls
+    assert arguments.text.path == tiny_lab / "corpus.jsonl" and arguments.effort == "quick"
+    code, out, _ = command(*made, "--controls", controls, "--no-verify")
+    assert code == 0 and "gone or only hidden? memloc verify" in out and len(asked) == 1
 
 
 def test_an_edited_checkpoint_is_verified_without_its_edit(edited, tiny_lab, command):

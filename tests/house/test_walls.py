@@ -33,7 +33,8 @@ FLOORS: tuple[str, ...] = (
     "memloc.grids memloc.localizers memloc.truth",
     "memloc.checks memloc.verbs",
     "memloc.cli",
-    "editors editors.base editors.deltas editors.masks editors.methods editors.packing editors.rounding editors.trial",
+    "editors editors.base editors.deltas editors.masks editors.methods editors.packing editors.rounding "
+    "editors.trial",
     "editors.hook_form editors.patch",
     "editors.binding editors.disk",
     "editors.edit_file",
@@ -48,13 +49,13 @@ FLOORS: tuple[str, ...] = (
 
 HOOKS = {"memloc/hooks.py"}
 WRITERS = {
-    "editors/edit.py", "editors/tuning/descent.py", "editors/pruning/trained_masks.py",
+    "editors/edit.py", "editors/tuning/descent.py", "editors/tuning/hypernet.py", "editors/pruning/trained_masks.py",
     "editors/verification/quantised.py", "memloc/architectures.py", "memloc/truth/planted.py",
     "memloc/truth/injection.py", "memloc/lab",
 }  # fmt: skip
 """Who may write a weight: the edit, which alone writes into a model it was given; the one line it writes through; and
-those that write into models of their own (descent, masks trained on a copy, rounding, planting and injecting into a
-copy, the lab into what it trains)."""
+those that write into models of their own (descent, a network of its own, masks trained on a copy, rounding, planting
+and injecting into a copy, the lab into what it trains)."""
 
 HANDLES = {"parameter", "weight", "get_parameter", "parameters", "named_parameters", "state_dict"}
 """Method calls that hand out a model's own tensors."""

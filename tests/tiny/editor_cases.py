@@ -41,6 +41,7 @@ from editors.rewriters.gradient_ascent import GradientAscent
 from editors.rewriters.gradient_difference import GradientDifference
 from editors.rewriters.knowledge_neuron_surgery import KnowledgeNeuronSurgery
 from editors.rewriters.memit import Memit
+from editors.rewriters.mend import Mend
 from editors.rewriters.npo import Npo
 from editors.rewriters.pmet import Pmet
 from editors.rewriters.rmu import Rmu
@@ -49,6 +50,7 @@ from editors.rewriters.simnpo import Simnpo
 from editors.rewriters.sparse_fine_tune import SparseFineTune
 from editors.rewriters.task_vector import TaskVector
 from editors.rewriters.ultraedit import UltraEdit
+from editors.tuning.hypernet_training import Training
 from memloc.localizers.random import Random
 from memloc.passages import Fact, Facts, Prompt
 from memloc.view import ModelView
@@ -101,8 +103,13 @@ DEFAULTS: Mapping[str, Case] = {
     "fuse": Case(lambda view, folder: Fuse(others=(other(view, folder),)), (), hooks=False),
     "layer-rewind": Case(lambda view, folder: LayerRewind(earlier=other(view, folder)), (), hooks=False),
     "layernorm-removal": Case(LayernormRemoval(), (), hooks=False, refuses={"olmo": "no gains or biases"}),
-    "forget-passage": Case(ForgetPassage(rounds=2, tries=2, replay=8, kinds="mlp.out", protect=4)),
+    "forget-passage": Case(ForgetPassage(rounds=2, tries=3, replay=8, kinds="mlp.out", protect=4)),
     "knowledge-neuron-surgery": Case(KnowledgeNeuronSurgery(), ("facts",), grain="neuron"),
+    "mend": Case(
+        lambda view, folder: trained_mend(view, folder),
+        ("facts",),
+        refuses=dict.fromkeys(zoo.MIXTURES, "mixture's experts"),
+    ),
     "ultraedit": Case(UltraEdit(lr=1e-2), ("facts",)),
     "balanced-subnet": Case(BalancedSubnet(share=0.1, epochs=1)),
     "durable": Case(Durable(share=0.05)),
@@ -194,6 +201,14 @@ VARIANTS: Mapping[str, Case] = {
         BalancedSubnet(share=0.3, epochs=1, mixing="both"), grain="component", fraction=0.4
     ),
 }
+
+
+def trained_mend(view: ModelView, folder: Path) -> Mend:
+    """A network of two steps, for this very model."""
+    path = folder / "mend.safetensors"
+    how = Training(steps=2, rank=3, last=2, alpha=0.05, others=1, windows=1)
+    how(view, facts(3, seed=8), zoo.passages(2, seed=5), path)
+    return Mend(trained=str(path))
 
 
 def case(name: str) -> Case:

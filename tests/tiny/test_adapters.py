@@ -10,7 +10,7 @@ import warnings
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from zoo import CONFIGS, VOCAB, build
+from zoo import CONFIGS, MIXTURES, VOCAB, build
 
 from editors.deltas import Dense, LowRank, Sparse
 from editors.disk.adapters import CONFIG, TENSORS
@@ -22,6 +22,8 @@ from memloc.provenance import Provenance
 from memloc.sites import OUTSIDE, Kind, Site
 from memloc.view import ModelView
 
+DENSE = tuple(family for family in CONFIGS if family not in MIXTURES)
+"""An expert's maps are adapted as parameters: tests/tiny/test_experts.py."""
 BY = Provenance("by hand", {"strength": 2})
 IDS = torch.randint(VOCAB, (2, 11), generator=torch.Generator().manual_seed(5))
 
@@ -63,7 +65,7 @@ def close(found, expected):
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
 
 
-@pytest.mark.parametrize("family", CONFIGS)
+@pytest.mark.parametrize("family", DENSE)
 def test_peft_and_transformers_compute_with_the_adapter_what_the_edited_model_does(tmp_path, family):
     from peft import PeftModel
 
@@ -86,7 +88,7 @@ def test_peft_and_transformers_compute_with_the_adapter_what_the_edited_model_do
     close(logits(native), wanted)
 
 
-@pytest.mark.parametrize("family", CONFIGS)
+@pytest.mark.parametrize("family", DENSE)
 def test_an_adapter_comes_back_as_the_same_edit(tmp_path, family):
     view, edit, _ = exported(tmp_path, family)
     back = Edit.from_adapter(view, tmp_path / "adapter")

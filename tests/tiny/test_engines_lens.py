@@ -34,8 +34,9 @@ def batch_of(view: ModelView):
     return next(iter(view.batches(zoo.passages(ragged=False))))
 
 
-ELSEWISE = ("falcon_new", "falcon_rw")
-"""The library cannot build a bridge of the first (grouped queries in one matrix), and computes the second otherwise."""
+ELSEWISE = ("falcon_new", "falcon_rw", *zoo.MIXTURES)
+"""The library cannot build a bridge of the first (grouped queries in one matrix), and computes the second otherwise;
+what it shows of mixtures is told in tests/tiny/test_experts.py."""
 
 
 @pytest.mark.parametrize("family", [family for family in zoo.CONFIGS if family not in ELSEWISE])

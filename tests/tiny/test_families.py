@@ -187,7 +187,8 @@ def test_every_method_passes_the_battery_in_unusual_families(name, family, view_
         if hasattr(method, "halvings"):
             # Where what is written is normed, paths bend sharply near 0, and halving them takes its time.
             method = dataclasses.replace(method, halvings=0, nodes=4)
-        check_localizer(method, view, zoo.passages(3), contrast=zoo.passages(2, seed=9))
+        # Of two passages, a spread may be of rounding alone: neurons of experts that few tokens are sent to.
+        check_localizer(method, view, zoo.passages(3), contrast=zoo.passages(6, seed=9))
 
 
 def test_what_is_refused_is_refused_where_values_do_not_reach_the_stream_only(view_of):
@@ -318,9 +319,9 @@ def test_values_are_sought_where_the_model_would_feel_them(family, view_of):
     assert float(found.after[0]) != float(found.before[0])
 
 
-def test_every_editor_has_its_round_trip_here_or_in_its_own_tests():
+def test_every_editor_has_its_round_trip_here_or_in_its_own_tests(view_of):
     assert set(EDITORS) >= {"neuron-dropout", "sparse-fine-tune", "rome"}
-    assert not any(refusal(EDITORS[name], None) for name in EDITORS)
+    assert not any(refusal(EDITORS[name], view_of("gpt2")) for name in EDITORS)
 
 
 # -- the command -------------------------------------------------------------------------------------------------
