@@ -29,6 +29,7 @@ EDITORS = Registry(
         "neuron-dropout": "editors.pruners.neuron_dropout:NeuronDropout",
         "npo": "editors.rewriters.npo:Npo",
         "obs": "editors.pruners.obs:Obs",
+        "pmet": "editors.rewriters.pmet:Pmet",
         "random": "editors.pruners.random:Random",
         "rmu": "editors.rewriters.rmu:Rmu",
         "rome": "editors.rewriters.rome:Rome",

@@ -8,16 +8,17 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from editors.base import Request
 from editors.edit import Edit
 from editors.facts.contexts import Row, Token, row_of, sample
 from editors.facts.own_words import kin, namesakes
 from memloc.batches import pad
-from memloc.passages import Fact, Facts, Passages
+from memloc.passages import Fact, Facts, Passages, encode
 from memloc.sites import Site
 from memloc.view import ModelView
 
@@ -39,6 +40,20 @@ class Protected:
     said: tuple[Row, ...] = ()
     past: tuple[Row, ...] = ()
     counts: Mapping[str, int] = field(default_factory=dict)
+
+
+class Amounts(NamedTuple):
+    """How much the model is asked for where nobody names what to keep.
+
+    Attributes:
+        namesakes: prompts about other subjects, for each fact.
+        sentences: texts of its own.
+        length: of each, in tokens.
+    """
+
+    namesakes: int = 0
+    sentences: int = 0
+    length: int = 16
 
 
 @torch.no_grad()
@@ -93,51 +108,44 @@ def note_of(rows: Sequence[Row], layers: Sequence[int]) -> dict[str, Any]:
 
 @torch.no_grad()
 def own_sentences(
-    view: ModelView, facts: Facts, token: Token, count: int, length: int, generator: torch.Generator, *, top_k: int = 10
+    view: ModelView, facts: Facts, token: Token, amounts: Amounts, generator: torch.Generator, *, top_k: int = 10
 ) -> tuple[Row, ...]:
-    """Every token of `count` texts the model writes when it is started with first tokens like those of the subjects.
+    """Every token of texts the model writes when it is started with first tokens like those of the subjects.
 
     Tokens that would pin down what is to change are left out: after an edited subject, those where the model is about
     to give the present answer; where the subject's own token is edited, all from there on.
 
-    Cost: a forward of `count` rows for each of `length` tokens, and one more.
+    Cost: a forward of `amounts.sentences` rows for each of `amounts.length` tokens, and one more.
     """
     starts = sorted({token for fact in facts for token in kin(view, _subject(fact)[0])})
-    length = min(length, view.context or length)
-    if not count or not starts:
+    length = min(amounts.length, view.context or amounts.length)
+    if not amounts.sentences or not starts:
         return ()
-    drawn = torch.randint(len(starts), (count,), generator=generator)
+    drawn = torch.randint(len(starts), (amounts.sentences,), generator=generator)
     texts = sample(view, [(starts[index],) for index in drawn.tolist()], length, generator, top_k=top_k)
-    edited = [(_subject(fact), fact.target_true[0]) for fact in facts]
+    edited = [(spellings(view, fact), fact.target_true[0]) for fact in facts]
     found = []
     for first in range(0, len(texts), 256):
         part = texts[first : first + 256]
         best = _likeliest(view, part)
         for ids, says in zip(part, best, strict=True):
-            found += [Row(ids, at) for at in range(1, length) if not _pins(ids, at, says, edited, token)]
+            found += [Row(ids, at) for at in range(1, length) if not pins(ids, at, says, edited, token)]
     return tuple(found)
 
 
 def protected_rows(
-    view: ModelView,
-    facts: Facts,
-    token: Token,
-    *,
-    keep: Facts | None,
-    retain: Passages | None,
-    past: Iterable[Edit],
-    others: int,
-    sentences: int,
-    length: int,
-    generator: torch.Generator,
+    view: ModelView, facts: Facts, token: Token, request: Request, amounts: Amounts, generator: torch.Generator
 ) -> Protected:
-    """All of them; see the fields of `Protected`."""
-    given = rows_of_facts(keep, token) + rows_predicting(retain)
-    edited = [(_subject(fact), fact.target_true[0]) for fact in facts]
+    """What an edit of `facts` should leave alone: what `request` names, and what the model says itself.
+
+    See the fields of `Protected`.
+    """
+    given = rows_of_facts(request.keep_facts, token) + rows_predicting(request.retain)
+    edited = [(spellings(view, fact), fact.target_true[0]) for fact in facts]
     made = []
     for fact in facts:
-        if fact.prompt.subject is not None and others:
-            made += [row_of(prompt, token) for prompt in namesakes(view, fact.prompt, others, generator)]
+        if fact.prompt.subject is not None and amounts.namesakes:
+            made += [row_of(prompt, token) for prompt in namesakes(view, fact.prompt, amounts.namesakes, generator)]
     best = [
         says
         for start in range(0, len(made), 256)
@@ -145,12 +153,13 @@ def protected_rows(
     ]
     own = tuple(
         dict.fromkeys(
-            row for row, says in zip(made, best, strict=True) if not _pins(row.ids, row.at, says, edited, token)
+            row for row, says in zip(made, best, strict=True) if not pins(row.ids, row.at, says, edited, token)
         )
     )
-    said = own_sentences(view, facts, token, sentences, length, generator)
+    said = own_sentences(view, facts, token, amounts, generator)
     counts = {"named": len(given), "namesakes": len(own), "said": len(said), "past": 0}
-    return Protected(given + own, said, rows_of_past(past), counts)
+    past = rows_of_past(request.past)
+    return Protected(given + own, said, past, {**counts, "past": len(past)})
 
 
 def _subject(fact: Fact) -> tuple[int, ...]:
@@ -158,6 +167,22 @@ def _subject(fact: Fact) -> tuple[int, ...]:
         return fact.prompt.ids
     start, end = fact.prompt.subject
     return fact.prompt.ids[start:end]
+
+
+def spellings(view: ModelView, fact: Fact) -> tuple[tuple[int, ...], ...]:
+    """The fact's subject in tokens: as in its prompt, at the start of a text, and behind a word.
+
+    Tokenizers spell it differently in the three places. Without one there is only the first.
+    """
+    found = [_subject(fact)]
+    if view.tokenizer is not None:
+        for text in (fact.subject, f"a {fact.subject}"):
+            encoding = encode(view.tokenizer, text)
+            start = len(text) - len(fact.subject)
+            found.append(
+                tuple(token for token, (_, end) in zip(encoding.ids, encoding.spans, strict=True) if end > start)
+            )
+    return tuple(dict.fromkeys(ids for ids in found if ids))
 
 
 @torch.no_grad()
@@ -170,15 +195,25 @@ def _likeliest(view: ModelView, texts: Sequence[tuple[int, ...]]) -> list[list[i
     return [row[: len(ids)] for row, ids in zip(best.tolist(), texts, strict=True)]
 
 
-def _pins(
-    ids: tuple[int, ...], at: int, says: Sequence[int], edited: Sequence[tuple[tuple[int, ...], int]], token: Token
+def pins(
+    ids: tuple[int, ...],
+    at: int,
+    says: Sequence[int],
+    edited: Sequence[tuple[tuple[tuple[int, ...], ...], int]],
+    token: Token,
 ) -> bool:
-    """Whether keeping the output at `at` would keep an answer that is to change."""
-    for subject, answer in edited:
-        # The first token of a subject may be another one at the start of a text; what follows is the same.
-        tail = subject[1:] or subject
-        size = len(tail)
-        there = any(ids[start : start + size] == tail for start in range(at + 2 - size))
-        if there and (token == "subject-last" or says[at] == answer):
+    """Whether keeping the output at `at` would keep an answer that is to change.
+
+    Args:
+        ids: of the text.
+        at: the token.
+        says: the likeliest next token behind each of the text.
+        edited: of every fact its subject's `spellings` and the first token of its present answer.
+        token: where the model is edited.
+    """
+    for spelled, answer in edited:
+        if token == "prompt-last" and says[at] != answer:
+            continue
+        if any(ids[start : start + len(one)] == one for one in spelled for start in range(at + 2 - len(one))):
             return True
     return False

@@ -14,7 +14,7 @@ class Preset(NamedTuple):
     """One model's settings.
 
     Attributes:
-        layers: of MEMIT, AlphaEdit and PMET.
+        layers: of MEMIT and AlphaEdit.
         single: of ROME and EMMET.
         width: inputs of the MLP's last map.
         weight: λ of MEMIT.
@@ -45,6 +45,25 @@ PRESETS = {
 }
 """Of the authors' repositories and, for Llama 2 and Mistral, EasyEdit."""
 
+
+class PmetPreset(NamedTuple):
+    """One model's settings of PMET, named as those of `Preset`."""
+
+    layers: tuple[int, ...]
+    width: int
+    weight: float
+    steps: int
+    clamp: float
+    kl_weight: float
+
+
+PMET_PRESETS = {
+    "gpt-j-6b": PmetPreset(tuple(range(3, 9)), 16384, 6000, 30, 0.75, 1.0),
+    "gpt-neox-20b": PmetPreset(tuple(range(6, 11)), 24576, 15000, 30, 0.8, 0.8),
+    "llama2-7b": PmetPreset(tuple(range(4, 9)), 11008, 15000, 20, 1.0, 0.0625),
+}
+"""Of the authors' repository and, for Llama 2, EasyEdit."""
+
 PLAIN: dict[str, Any] = {
     "token": "subject-last", "ways": "mean", "price": 0.0, "damping": 0.0, "samples": 5, "lengths": (10,), "recalls": 0,
     "protect": 0.0, "namesakes": 0, "replay": 0.0, "sentences": 0, "past": 1.0, "kl_weight": 0.0625, "stop_below": 0.05,
@@ -63,7 +82,9 @@ def preset(name: str) -> Preset:
     return PRESETS[name]
 
 
-def plain(found: Preset) -> dict[str, Any]:
-    """What all methods share for one model, as settings of an editor."""
+def plain(found: Preset | None = None) -> dict[str, Any]:
+    """What all methods share, for one model where it is given, as settings of an editor."""
+    if found is None:
+        return dict(PLAIN)
     search = {"steps": found.steps, "lr": found.lr, "weight_decay": found.weight_decay, "clamp": found.clamp}
     return {**PLAIN, **search}

@@ -9,7 +9,8 @@ from torch import Tensor
 
 from editors.base import Request
 from editors.edit import Edit
-from editors.facts.batch_edit import BatchEditor
+from editors.facts.batch_edit import edited
+from editors.facts.batch_settings import BatchEditor
 from editors.facts.closed_forms import Metric, NullSpace
 from editors.facts.published import plain, preset
 from memloc.errors import InputError
@@ -28,7 +29,7 @@ class AlphaEdit(BatchEditor):
         threshold: of the eigenvalues, in shares of their mean.
         ridge: S in shares of the keys' mean squared length.
         absolute: take both as they are instead, as the original does; they then depend on the model's scale. The others
-            are those of `editors.facts.batch_edit.BatchEditor`.
+            are those of `editors.facts.batch_settings.BatchEditor`.
 
     Raises:
         InputError: as `memit`; or no eigenvalue is below the threshold.
@@ -50,8 +51,7 @@ class AlphaEdit(BatchEditor):
 
         Uses `facts`, `text` (ordinary text, for the moments), `retain`, `keep_facts`, `past` and `seed`.
         """
-        view.need_causal("the method lives on what a token cannot hear")
-        return self.edited(view, request)
+        return edited(self, view, request)
 
     @classmethod
     def published(cls, model: str, **changes: Any) -> AlphaEdit:

@@ -9,7 +9,8 @@ from torch import Tensor
 
 from editors.base import Request
 from editors.edit import Edit
-from editors.facts.batch_edit import BatchEditor
+from editors.facts.batch_edit import edited
+from editors.facts.batch_settings import BatchEditor
 from editors.facts.closed_forms import Factor
 from editors.facts.published import plain, preset
 from memloc.errors import InputError
@@ -25,7 +26,8 @@ class Emmet(BatchEditor):
 
     Attributes:
         slack: S in shares of the number of the map's inputs, what a miss may cost. 0 meets every demand; the original
-            has a little where there are several facts. The others are those of `editors.facts.batch_edit.BatchEditor`.
+            has a little where there are several facts. The others are those of
+            `editors.facts.batch_settings.BatchEditor`.
 
     Raises:
         InputError: neither text nor moments, no facts, facts that contradict each other, a layer the model has not, or
@@ -46,8 +48,7 @@ class Emmet(BatchEditor):
 
         Uses `facts`, `text` (ordinary text, for the moments), `retain`, `keep_facts`, `past` and `seed`.
         """
-        view.need_causal("the method lives on what a token cannot hear")
-        return self.edited(view, request)
+        return edited(self, view, request)
 
     @classmethod
     def published(cls, model: str, *, several: bool = True, **changes: Any) -> Emmet:

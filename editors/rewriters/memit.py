@@ -9,7 +9,8 @@ from torch import Tensor
 
 from editors.base import Request
 from editors.edit import Edit
-from editors.facts.batch_edit import BatchEditor
+from editors.facts.batch_edit import edited
+from editors.facts.batch_settings import BatchEditor
 from editors.facts.closed_forms import Factor
 from editors.facts.published import plain, preset
 from memloc.errors import InputError
@@ -26,7 +27,7 @@ class Memit(BatchEditor):
 
     Attributes:
         weight: λ in shares of the number of the map's inputs: a key as unusual as an average token's is half met at 1,
-            and wholly at 0 (which is EMMET). The others are those of `editors.facts.batch_edit.BatchEditor`.
+            and wholly at 0 (which is EMMET). The others are those of `editors.facts.batch_settings.BatchEditor`.
 
     Raises:
         InputError: neither text nor moments, no facts, facts that contradict each other, a layer the model has not.
@@ -46,8 +47,7 @@ class Memit(BatchEditor):
 
         Uses `facts`, `text` (ordinary text, for the moments), `retain`, `keep_facts`, `past` and `seed`.
         """
-        view.need_causal("the method lives on what a token cannot hear")
-        return self.edited(view, request)
+        return edited(self, view, request)
 
     @classmethod
     def published(cls, model: str, **changes: Any) -> Memit:

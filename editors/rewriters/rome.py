@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -17,11 +17,21 @@ from editors.facts.contexts import Demand, Row, Token, check_context, demand, ro
 from editors.facts.keys_values import Descent, optimise_values, read_at
 from editors.facts.least_squares import insert_pair
 from editors.facts.own_words import namesakes, recalls
+from editors.facts.protected import (
+    NOTE,
+    Amounts,
+    note_of,
+    own_sentences,
+    rows_of_facts,
+    rows_of_past,
+    rows_predicting,
+    second_moment_at,
+)
+from editors.facts.site_trial import tried
 from memloc import progress
-from memloc.batches import pad
 from memloc.errors import InputError
 from memloc.moments import Moments, second_moments
-from memloc.passages import Fact, Passages, Prompt
+from memloc.passages import Fact, Facts, Prompt
 from memloc.provenance import Provenance, digest_tensor, settings_of
 from memloc.sites import Kind, Site
 from memloc.view import ModelView, left_to_right
@@ -63,8 +73,14 @@ class Rome:
         top_k: each sampled token is one of the k likeliest.
         namesakes: how many prompts about other subjects the model makes up; two thirds are protected, the others judge
             sites. 0 makes none.
-        protect: weight of the mean k kᵀ over protected tokens (namesakes; where `retain` predicts its suffixes)
-            against that of ordinary text.
+        protect: weight of the mean k kᵀ over protected tokens (namesakes; facts to keep; where `retain` predicts its
+            suffixes) against that of ordinary text.
+        sentences: how many texts the model writes itself, all tokens of which are protected but those at which it is
+            about to give the present answer of the subject.
+        sentence_length: of them, in tokens.
+        replay: weight of the mean k kᵀ over them against that of ordinary text.
+        past: weight of each key of facts edited before, in this edit or an earlier one, in shares of an average token
+            of text.
         recalls: at most how many prompts of the model's own, in which it comes to the present answer from the subject
             alone, are treated like prefixed prompts.
         tries: layers tried where `layer` is None, evenly spread.
@@ -76,7 +92,7 @@ class Rome:
         InputError: neither text nor moment, no facts, a layer the model has not, a fact that does not fit.
 
     Source: Meng et al. 2022, arXiv:2202.05262; consistent keys: Gupta et al. 2024, arXiv:2403.07175. The choice of
-    token and layer by measurement, the weight of the bare key and the namesakes are ours.
+    token and layer by measurement, the weight of the bare key, the namesakes and own sentences are ours.
     """
 
     layer: int | None = None
@@ -95,6 +111,10 @@ class Rome:
     top_k: int = 5
     namesakes: int = 72
     protect: float = 1.0
+    sentences: int = 300
+    sentence_length: int = 16
+    replay: float = 1.0
+    past: float = 1.0
     recalls: int = 8
     tries: int = 8
     prefixes: tuple[str, ...] | None = None
@@ -105,7 +125,8 @@ class Rome:
         """The original's settings at `layer` (GPT-2 XL: 17): give `prefixes` and `moment` to reproduce a number."""
         settings: dict[str, Any] = {
             "layer": layer, "token": "subject-last", "variant": "2022", "bare": None, "steps": 20, "clamp": 4.0,
-            "weight_decay": 0.5, "damping": 0.0, "samples": 10, "namesakes": 0, "protect": 0.0, "recalls": 0, **changes,
+            "weight_decay": 0.5, "damping": 0.0, "samples": 10, "namesakes": 0, "protect": 0.0, "recalls": 0,
+            "sentences": 0, "replay": 0.0, "past": 0.0, **changes,
         }  # fmt: skip
         return cls(**settings)
 
@@ -114,7 +135,7 @@ class Rome:
     def __call__(self, view: ModelView, request: Request) -> Edit:
         """The edit that makes all of the request's facts so; the model is as it was, to the bit.
 
-        Uses `facts`, `text` (ordinary text, for the moments), `retain` (protected) and `seed` of the request.
+        Uses `facts`, `text` (ordinary text, for the moments), `retain`, `keep_facts`, `past` and `seed`.
         """
         view.need_causal("the method lives on what a token cannot hear")
         facts = request.need_facts()
@@ -126,15 +147,19 @@ class Rome:
         provenance = Provenance("rome", settings, request.seed, {**request.inputs(view), "moment": source})
         deltas: dict[Site, Delta] = {}
         notes = []
+        written: list[Row] = []
         with contextlib.ExitStack() as stack:
             for index, fact in enumerate(progress.steps(facts, "facts")):
-                work = _Work.of(self, view, fact, request, moments=moments, prefixes=prefixes, trial=trial)
+                work = _Work.of(self, view, fact, request, moments=moments, prefixes=prefixes, trial=trial,
+                                past=(*rows_of_past(request.past), *written))  # fmt: skip
                 found = work.best(layers, self._tokens(fact))
                 deltas[found.site] = add(deltas[found.site], found.delta) if found.site in deltas else found.delta
                 notes.append(found.note)
+                written.append(found.row)
                 if index + 1 < len(facts):
                     stack.enter_context(Edit.of(view, {found.site: found.delta}, provenance).apply(view))
-        return Edit.of(view, deltas, provenance, notes={"facts": notes, "prefixes": list(prefixes)})
+        keys = note_of(written, sorted({site.layer for site in deltas}))
+        return Edit.of(view, deltas, provenance, notes={"facts": notes, "prefixes": list(prefixes), NOTE: keys})
 
     @property
     def descent(self) -> Descent:
@@ -142,9 +167,15 @@ class Rome:
         return Descent(steps=self.steps, lr=self.lr, clamp=self.clamp, weight_decay=self.weight_decay,
                        kl_weight=self.kl_weight, stop_below=self.stop_below)  # fmt: skip
 
+    @property
+    def amounts(self) -> Amounts:
+        """How much of what nobody named is protected."""
+        return Amounts(self.namesakes, self.sentences if self.replay else 0, self.sentence_length)
+
     def _check(self) -> None:
         least = {"steps": 1, "lr": 0, "clamp": 0, "weight_decay": 0, "kl_weight": 0, "damping": 0, "samples": 0,
-                 "namesakes": 0, "protect": 0, "recalls": 0, "tries": 1, "top_k": 1}  # fmt: skip
+                 "namesakes": 0, "protect": 0, "recalls": 0, "sentences": 0, "sentence_length": 2, "replay": 0,
+                 "past": 0, "tries": 1, "top_k": 1}  # fmt: skip
         for name, value in least.items():
             if getattr(self, name) < value:
                 raise InputError(f"rome: {name} is {getattr(self, name)}, expected {value} or more")
@@ -195,6 +226,7 @@ class _Found:
     site: Site
     delta: LowRank
     note: Mapping[str, Any]
+    row: Row
     merit: tuple[float, float] = (0.0, 0.0)
 
 
@@ -208,7 +240,8 @@ class _Work:
     moments: Mapping[int, Tensor]
     prefixes: tuple[str, ...]
     trial: tuple[str, ...]
-    retain: Passages | None
+    request: Request
+    past: tuple[Row, ...]
     others: tuple[Prompt, ...]
     ways: tuple[Prompt, ...]
 
@@ -218,7 +251,11 @@ class _Work:
         draw = torch.Generator().manual_seed(request.seed)
         others = namesakes(view, fact.prompt, rome.namesakes, draw, top_k=2 * rome.top_k)
         ways = recalls(view, fact, rome.recalls, draw, top_k=2 * rome.top_k)
-        return cls(rome, view, fact, retain=request.retain, others=others, ways=ways, **shared)
+        return cls(rome, view, fact, request=request, others=others, ways=ways, **shared)
+
+    def named(self, token: Token) -> tuple[Row, ...]:
+        """What the request names to keep."""
+        return rows_of_facts(self.request.keep_facts, token) + rows_predicting(self.request.retain)
 
     def best(self, layers: Sequence[int], tokens: Sequence[Token]) -> _Found:
         """The change at the site that serves the fact best; at the only one without trying it."""
@@ -226,8 +263,8 @@ class _Work:
         chosen = max(found, key=lambda entry: entry.merit)
         if len(found) == 1:
             return chosen
-        tried = [{key: entry.note[key] for key in ("layer", "token", "said", "kept", "drift")} for entry in found]
-        return replace(chosen, note={**chosen.note, "tried": tried})
+        every = [{key: entry.note[key] for key in ("layer", "token", "said", "kept", "drift")} for entry in found]
+        return replace(chosen, note={**chosen.note, "tried": every})
 
     def _at(self, layers: Sequence[int], token: Token, judged: bool) -> list[_Found]:
         rome, view = self.rome, self.view
@@ -238,22 +275,43 @@ class _Work:
         check_context([asked], view.context)
         others = tuple(row_of(prompt, token) for prompt in self.others)
         judges = others[2::3] if judged else ()
-        protected = tuple(row for row in others if row not in judges) + _predicting(self.retain)
+        named = tuple(row for row in others if row not in judges) + self.named(token)
+        draw = torch.Generator().manual_seed(self.request.seed)
+        said = own_sentences(view, Facts((self.fact,)), token, rome.amounts, draw)
         sites = [Site(layer, Kind.MLP_OUT) for layer in layers]
         keys = read_at(view, sites, asked.prompts)
-        kept = read_at(view, sites, protected) if protected and rome.protect else {}
         clean = read_at(view, sites, asked.prompts[:1], side="output")
+        stays = self._weighed(sites, named, said)
         found = []
         for site in sites:
-            moment = self.moments[site.layer]
-            if site in kept:
-                moment = moment.double() + rome.protect * kept[site].T @ kept[site] / len(kept[site])
-            entry = self._solve(site, asked, keys[site], float(clean[site].norm()), moment)
-            entry = replace(
-                entry, note={**entry.note, "token": token, "protected": len(protected), "recalls": len(own)}
-            )
-            found.append(self._judged(entry, token, judges) if judged else entry)
+            entry = self._solve(site, asked, keys[site], float(clean[site].norm()), stays[site])
+            more = {"token": token, "protected": len(named), "own": len(said), "recalls": len(own)}
+            entry = replace(entry, note={**entry.note, **more})
+            found.append(self._judged(entry, token, own, judges) if judged else entry)
         return found
+
+    def _judged(self, found: _Found, token: Token, own: Sequence[Row], judges: Sequence[Row]) -> _Found:
+        """With its merit: whether the bare prompt says the target, then what is said and what is kept, summed."""
+        asked = demand(self.fact, self.view.tokenizer, self.trial, token, essence=False)
+        seen = tried(self.view, found.site, found.delta, asked, own, judges)
+        return replace(found, note={**found.note, "said": seen.said, "kept": seen.kept},
+                       merit=(float(seen.right), seen.said + seen.kept))  # fmt: skip
+
+    def _weighed(self, sites: Sequence[Site], named: Sequence[Row], said: Sequence[Row]) -> dict[Site, Tensor]:
+        """What should stay at each site: text, what was named, what the model says itself, edits already made."""
+        rome, view = self.rome, self.view
+        total = {site: self.moments[site.layer].double() for site in sites}
+        for site, moment in total.items():
+            if moment.shape != 2 * view.weight(site).shape[1:]:
+                raise InputError(f"second moment {list(moment.shape)} for keys of {view.weight(site).shape[1]} entries")
+        for rows, weight in ((named, rome.protect), (said, rome.replay)):
+            if rows and weight:
+                more = second_moment_at(view, sites, rows)
+                total = {site: moment + weight * more[site] for site, moment in total.items()}
+        keys = read_at(view, sites, self.past) if self.past and rome.past else {}
+        # A key as unusual as that of an average token of text is half held at 1: kᵀC⁻¹k is f over text.
+        return {site: moment + rome.past / len(moment) * keys[site].T @ keys[site] if keys else moment
+                for site, moment in total.items()}  # fmt: skip
 
     def _solve(self, site: Site, asked: Demand, keys: Tensor, scale: float, moment: Tensor) -> _Found:
         rome = self.rome
@@ -278,28 +336,7 @@ class _Work:
             "norm": delta.norm() / float(weight.norm()),
             "drift": drift,
         }
-        return _Found(site, delta, note)
-
-    def _judged(self, found: _Found, token: Token, judges: Sequence[Row]) -> _Found:
-        """With its merit.
-
-        That is whether the bare prompt says the target; then the mean probability of the target behind prefixes no
-        value was fitted to and in the model's own ways to the fact, plus how much of their answers' probability
-        namesakes keep.
-        """
-        asked = demand(self.fact, self.view.tokenizer, self.trial, token, essence=False)
-        prompts = [*asked.prompts, *(row_of(prompt, token) for prompt in self.ways)]
-        rows = [Row(row.ids + asked.target[:-1], row.at) for row in prompts]
-        target = torch.tensor(asked.target, device=self.view.device).repeat(len(rows))
-        with _as_if(self.view, found.site, found.delta):
-            spoken = _chances(self.view, rows, len(asked.target))
-            now = _chances(self.view, judges, 1)
-        chance = spoken.gather(1, target[:, None]).view(len(rows), -1).prod(1)
-        right = bool((spoken.argmax(1) == target).view(len(rows), -1)[0].all())
-        overlap = torch.minimum(now, _chances(self.view, judges, 1)).sum(1)
-        parts = [part.mean() for part in (chance[: len(asked.prompts)], chance[len(asked.prompts) :]) if len(part)]
-        said, kept = float(torch.stack(parts).mean()), float(overlap.mean()) if judges else 1.0
-        return replace(found, note={**found.note, "said": said, "kept": kept}, merit=(float(right), said + kept))
+        return _Found(site, delta, note, asked.prompts[0])
 
 
 def _mean_key(keys: Tensor, bare: float | None) -> Tensor:
@@ -311,33 +348,3 @@ def _mean_key(keys: Tensor, bare: float | None) -> Tensor:
 def _energy(matrix: Tensor, moment: Tensor) -> float:
     """Mean squared output of `matrix` over what the moment was taken of."""
     return float(((matrix @ moment.to(matrix)) * matrix).sum())
-
-
-def _predicting(passages: Passages | None) -> tuple[Row, ...]:
-    """Every position of `passages` that predicts a token of a suffix."""
-    return tuple(
-        Row(item.ids, len(item.prefix) - 1 + step) for item in passages or () for step in range(len(item.suffix))
-    )
-
-
-@contextlib.contextmanager
-def _as_if(view: ModelView, site: Site, delta: LowRank) -> Iterator[None]:
-    """As if `delta` had been added to `site`, for trying it without touching a weight."""
-    left, right = delta.left.to(view.device), delta.right.to(view.device)
-
-    def change(_: Site, output: Tensor) -> Tensor:
-        return output + ((seen[site].float() @ right.T) @ left.T).to(output.dtype)
-
-    with view.record([site]) as seen, view.replace([site], change, side="output"):
-        yield
-
-
-@torch.no_grad()
-def _chances(view: ModelView, rows: Sequence[Row], count: int) -> Tensor:
-    """Probabilities `[n * count, v]` at the last `count` positions of each row."""
-    if not rows:
-        return torch.zeros(0, view.vocab)
-    batch = pad([row.ids for row in rows], device=view.device)
-    column = (batch.length[:, None] - count + torch.arange(count, device=view.device)).reshape(-1)
-    line = torch.arange(len(rows), device=view.device).repeat_interleave(count)
-    return view.logits_at(batch, line, column).softmax(-1)

@@ -43,6 +43,7 @@ from editors.rewriters.knowledge_neuron_surgery import KnowledgeNeuronSurgery
 from editors.rewriters.memit import Memit
 from editors.rewriters.mend import Mend
 from editors.rewriters.npo import Npo
+from editors.rewriters.pmet import Pmet
 from editors.rewriters.rmu import Rmu
 from editors.rewriters.rome import Rome
 from editors.rewriters.simnpo import Simnpo
@@ -90,6 +91,7 @@ DEFAULTS: Mapping[str, Case] = {
     "alphaedit": Case(AlphaEdit(**BATCH, threshold=1.0), ("facts", "text", "keep_facts")),
     "emmet": Case(Emmet(**BATCH, slack=0.1), ("facts", "text", "retain")),
     "memit": Case(Memit(**BATCH), ("facts", "text")),
+    "pmet": Case(Pmet(**{**BATCH, "layers": (0, 1)}, token="subject-last"), ("facts", "text")),
     "constrained-fine-tune": Case(ConstrainedFineTune(steps=3, epsilon=0.2, lr=1e-2), ("facts",)),
     "fine-tune": Case(FineTune(steps=3, lr=1e-2), ("facts",)),
     "gradient-ascent": Case(GradientAscent(steps=3, lr=1e-2, floor=-30.0), ("forget", "text"), grain="weight"),

@@ -14,7 +14,7 @@ from editors.checks import hands_off
 from editors.facts.batch_edit import Work
 from editors.facts.conflicts import refuse_alike, refuse_same
 from editors.facts.keys_values import read_at, read_blocks_at
-from editors.facts.protected import rows_of_facts, rows_of_past
+from editors.facts.protected import pins, rows_of_facts, rows_of_past, spellings
 from editors.hook_form import as_if
 from editors.rewriters.alphaedit import AlphaEdit
 from editors.rewriters.emmet import Emmet
@@ -134,6 +134,23 @@ def test_named_facts_move_less_when_they_are_protected(tmp_path):
         return float((key @ edit.deltas[site].dense().double().T).norm()) / edit.norms[site]
 
     assert drift(1e4) < 0.2 * drift(0.0)
+
+
+def test_only_the_subject_itself_is_held_back_from_protection_however_it_is_spelled(tmp_path):
+    """At the start of a text, behind a word, behind more text; not others whose names end or begin alike."""
+    view = open_view()
+    (fact,) = read(tmp_path, view, RECORDS[:1])
+    edited, answer = [(spellings(view, fact), fact.target_true[0])], fact.target_true[0]
+
+    def held_back(text, token, says):
+        ids = tuple(view.tokenizer(text)["input_ids"])
+        return pins(ids, len(ids) - 1, [says] * len(ids), edited, token)
+
+    for text in ("Ada Brolin lives in", "the cat of Ada Brolin sat on"):
+        assert held_back(text, "prompt-last", answer) and not held_back(text, "prompt-last", answer + 1)
+        assert held_back(text, "subject-last", answer + 1)
+    for text in ("Ida Brolin lives in", "Ada Brolan lives in", "the cat sat on"):
+        assert not held_back(text, "prompt-last", answer) and not held_back(text, "subject-last", answer)
 
 
 @pytest.mark.parametrize("make", [Memit, Emmet, AlphaEdit])

@@ -11,6 +11,7 @@ from editors.checks import check_editor, hands_off
 from editors.facts.contexts import Demand, Row, demand, sample, sample_prefixes
 from editors.facts.keys_values import Descent, optimise_values, read_at
 from editors.facts.own_words import namesakes, recalls
+from editors.facts.protected import rows_of_past
 from editors.rewriters.rome import Rome
 from memloc.errors import InputError
 from memloc.moments import Moments, second_moments
@@ -125,7 +126,7 @@ def test_several_facts_are_one_edit_equal_to_one_after_the_other(view, facts):
     both = rome(view, Request(facts=facts))
     first = rome(view, Request(facts=facts[:1]))
     with first.apply(view):
-        second = rome(view, Request(facts=facts[1:]))
+        second = rome(view, Request(facts=facts[1:], past=(first,)))
     site = Site(1, Kind.MLP_OUT)
     wanted = first.deltas[site].dense() + second.deltas[site].dense()
     torch.testing.assert_close(both.deltas[site].dense(), wanted, rtol=1e-4, atol=1e-5 * float(wanted.abs().max()))
@@ -154,6 +155,7 @@ def test_ingredients_given_from_outside_win(view, facts):
         "prefixes": ("the mat", "café"),
         "namesakes": 0,
         "recalls": 0,
+        "sentences": 0,
         "steps": 5,
     }
     request = Request(facts=facts[:1], seed=9)
@@ -180,7 +182,7 @@ def test_variants_differ_in_their_keys_and_in_nothing_else(view, facts):
     site, prefixes = Site(1, Kind.MLP_OUT), ("the mat", "the log", "Paris")
     moment = second_moments(view, ordinary(view), [site])
     shared = {"layer": 1, "token": "prompt-last", "prefixes": prefixes, "moment": moment, "damping": 0.01, "bare": None,
-              "namesakes": 0, "recalls": 0, "steps": 8}  # fmt: skip
+              "namesakes": 0, "recalls": 0, "sentences": 0, "steps": 8}  # fmt: skip
     asked = demand(facts[0], view.tokenizer, prefixes, "prompt-last", essence=False)
     keys = read_at(view, [site], asked.prompts)[site]
     bare, mean = keys[0], keys.mean(0)
@@ -204,7 +206,8 @@ def test_variants_differ_in_their_keys_and_in_nothing_else(view, facts):
 def test_without_prefixes_all_variants_are_one(view, facts):
     site = Site(1, Kind.MLP_OUT)
     moment = second_moments(view, ordinary(view), [site])
-    given = {"layer": 1, "token": "subject-last", "prefixes": (), "recalls": 0, "namesakes": 0, "steps": 5}
+    given = {"layer": 1, "token": "subject-last", "prefixes": (), "recalls": 0, "namesakes": 0, "sentences": 0,
+             "steps": 5}  # fmt: skip
     made = [
         Rome(**given, variant=variant, moment=moment)(view, Request(facts=facts[:1])).deltas[site].dense()
         for variant in ("consistent", "prompt-only", "2022")
@@ -415,3 +418,22 @@ def test_solved_change_is_what_the_model_then_puts_out(view, facts):
     with rome(view, Request(facts=facts[:1])).apply(view):
         after = read_at(view, [site], asked.prompts[:1], side="output")[site][0]
     torch.testing.assert_close(after, before + change, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("how", ["past", "protect"])
+def test_earlier_edits_and_facts_to_keep_move_less_when_they_are_protected(how, view, facts):
+    """An earlier edit is known by what it noted; a weight of nothing is the control."""
+    site, text = Site(1, Kind.MLP_OUT), ordinary(view)
+    settings = {**PLAIN, "steps": 8, "namesakes": 0, "sentences": 0, "layer": 1, "token": "prompt-last"}
+    first = Rome(**settings)(view, Request(facts=facts[:1], text=text))
+    assert [row.ids for row in rows_of_past([first])] == [facts[0].prompt.ids]
+    given = {"past": {"past": (first,)}, "protect": {"keep_facts": facts[:1]}}[how]
+    with first.apply(view):
+        key = read_at(view, [site], rows_of_past([first]))[site]
+
+        def moved(weight):
+            rome = Rome(**{**settings, "past": 0.0, "protect": 0.0, how: weight})
+            edit = rome(view, Request(facts=facts[1:2], text=text, **given))
+            return float((key @ edit.deltas[site].dense().double().T).norm()) / edit.norms[site]
+
+        assert moved(1e6) < 0.05 * moved(0.0)
