@@ -7,7 +7,7 @@ with m zero at the smallest |s| of each matrix, and the backward pass takes dm/d
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -22,7 +22,7 @@ from memloc.batches import Batch
 from memloc.errors import InputError, ModelError
 from memloc.gradients.map_gradients import Gathered, Gradients
 from memloc.objectives import suffix_nll
-from memloc.passages import Passages
+from memloc.passages import Passage, Passages
 from memloc.sites import Site
 from memloc.view import ModelView
 
@@ -84,7 +84,7 @@ def mixed_batches(
     every batch to forget and half to keep, as far as there are so many; an epoch shows every row to forget once.
     """
     generator = torch.Generator().manual_seed(seed)
-    every = Passages(tuple(_renamed(forget, "forget") + _renamed(keep or Passages(()), "keep")))
+    every = (*forget, *(keep or ()))
     cut, total = len(forget), len(every)
     queue: list[int] = []
     while True:
@@ -195,10 +195,8 @@ def _losses(view: ModelView, forget: Passages, keep: Passages | None) -> dict[st
     return found if keep is None else {**found, "keep": mean_nll(view, keep)}
 
 
-def _renamed(rows: Passages, name: str) -> tuple[Any, ...]:
-    return tuple(replace(item, id=f"{name} {index}") for index, item in enumerate(rows))
-
-
-def _batch(view: ModelView, every: Passages, rows: list[int], cut: int) -> tuple[Batch, Tensor]:
-    batch = next(view.batches(Passages(tuple(every[row] for row in rows)), size=len(rows)))
+def _batch(view: ModelView, every: Sequence[Passage], rows: list[int], cut: int) -> tuple[Batch, Tensor]:
+    # By place: where one round of the rows to keep ends and the next begins, a row may be there twice.
+    shown = Passages(tuple(replace(every[row], id=str(place)) for place, row in enumerate(rows)))
+    batch = next(view.batches(shown, size=len(rows)))
     return batch, torch.tensor([rows[place] < cut for place in batch.rows])

@@ -409,3 +409,10 @@ def test_a_share_of_no_weight_is_refused():
     for editor in (Greedy(share=1e-6), Subnet(share=1e-6), Durable(share=1e-6), Obs(share=1e-6, gradients=1)):
         with pytest.raises(InputError, match="ask for more"):
             editor(view, ASKED)
+
+
+def test_a_round_of_rows_to_keep_may_end_inside_a_batch(view):
+    keep = TEXT[:3]  # two batches' shares of two rows each: one of the three comes round again at once
+    epochs = mixed_batches(view, FORGET, keep, size=4, mixing="both", seed=0)
+    seen = [int((~forgotten).sum()) for _ in range(4) for _, forgotten in next(epochs)]
+    assert seen and set(seen) == {2}
