@@ -209,7 +209,7 @@ def _metrics(
         if rows and weight:
             more = second_moment_at(view, sites, rows)
             total = {site: moment + weight * more[site] for site, moment in total.items()}
-    past = read_at(view, sites, kept.past) if kept.past and editor.past else {}
+    past = read_at(view, sites, kept.past) if kept.past and editor.past_weight else {}
     metrics = {site: editor.metric(moment) for site, moment in total.items()}
     weights = {site: view.weight(site).detach().to("cpu", torch.float64) for site in sites}
     energy = {site: float(((weights[site] @ total[site]) * weights[site]).sum()) for site in sites}

@@ -50,7 +50,7 @@ class BatchEditor:
         replay: weight of the mean k kᵀ over the model's own sentences against that of text.
         sentences: how many sentences the model writes.
         sentence_length: of them, in tokens.
-        past: weight of each key of edits already made, in shares of an average token of text.
+        past_weight: weight of each key of edits already made, in shares of an average token of text.
         growth: an edit that would make a map's change (edits already made included) larger than this share of its
             norm is scaled down to it, and says so; None for no limit.
         prefixes: texts instead of the model's own; () for none.
@@ -80,7 +80,7 @@ class BatchEditor:
     replay: float = 1.0
     sentences: int = 1200
     sentence_length: int = 16
-    past: float = 1.0
+    past_weight: float = 1.0
     growth: float | None = None
     prefixes: tuple[str, ...] | None = None
     moment: Any = None
@@ -99,7 +99,7 @@ class BatchEditor:
         self, metrics: Mapping[Site, Metric], past: Mapping[Site, Tensor]
     ) -> tuple[dict[Site, Metric], dict[Site, Tensor]]:
         """The metrics with the keys `[m, f]` of edits already made, and the keys that are to be held outright."""
-        held = {site: keys.T * self.past**0.5 for site, keys in past.items()}
+        held = {site: keys.T * self.past_weight**0.5 for site, keys in past.items()}
         found = dict(metrics)
         for site, keys in held.items():
             metric = found[site]
@@ -133,7 +133,7 @@ class BatchEditor:
         """
         least = {"rounds": 1, "steps": 1, "lr": 0, "clamp": 0, "weight_decay": 0, "kl_weight": 0, "damping": 0,
                  "samples": 0, "namesakes": 0, "protect": 0, "replay": 0, "sentences": 0, "sentence_length": 2,
-                 "recalls": 0, "past": 0, "top_k": 1}  # fmt: skip
+                 "recalls": 0, "past_weight": 0, "top_k": 1}  # fmt: skip
         for name, value in least.items():
             if getattr(self, name) < value:
                 raise InputError(f"{self.name}: {name} is {getattr(self, name)}, expected {value} or more")

@@ -79,8 +79,8 @@ class Rome:
             about to give the present answer of the subject.
         sentence_length: of them, in tokens.
         replay: weight of the mean k kᵀ over them against that of ordinary text.
-        past: weight of each key of facts edited before, in this edit or an earlier one, in shares of an average token
-            of text.
+        past_weight: weight of each key of facts edited before, in this edit or an earlier one, in shares of an average
+            token of text.
         recalls: at most how many prompts of the model's own, in which it comes to the present answer from the subject
             alone, are treated like prefixed prompts.
         tries: layers tried where `layer` is None, evenly spread.
@@ -114,7 +114,7 @@ class Rome:
     sentences: int = 300
     sentence_length: int = 16
     replay: float = 1.0
-    past: float = 1.0
+    past_weight: float = 1.0
     recalls: int = 8
     tries: int = 8
     prefixes: tuple[str, ...] | None = None
@@ -126,7 +126,7 @@ class Rome:
         settings: dict[str, Any] = {
             "layer": layer, "token": "subject-last", "variant": "2022", "bare": None, "steps": 20, "clamp": 4.0,
             "weight_decay": 0.5, "damping": 0.0, "samples": 10, "namesakes": 0, "protect": 0.0, "recalls": 0,
-            "sentences": 0, "replay": 0.0, "past": 0.0, **changes,
+            "sentences": 0, "replay": 0.0, "past_weight": 0.0, **changes,
         }  # fmt: skip
         return cls(**settings)
 
@@ -175,7 +175,7 @@ class Rome:
     def _check(self) -> None:
         least = {"steps": 1, "lr": 0, "clamp": 0, "weight_decay": 0, "kl_weight": 0, "damping": 0, "samples": 0,
                  "namesakes": 0, "protect": 0, "recalls": 0, "sentences": 0, "sentence_length": 2, "replay": 0,
-                 "past": 0, "tries": 1, "top_k": 1}  # fmt: skip
+                 "past_weight": 0, "tries": 1, "top_k": 1}  # fmt: skip
         for name, value in least.items():
             if getattr(self, name) < value:
                 raise InputError(f"rome: {name} is {getattr(self, name)}, expected {value} or more")
@@ -308,9 +308,9 @@ class _Work:
             if rows and weight:
                 more = second_moment_at(view, sites, rows)
                 total = {site: moment + weight * more[site] for site, moment in total.items()}
-        keys = read_at(view, sites, self.past) if self.past and rome.past else {}
+        keys = read_at(view, sites, self.past) if self.past and rome.past_weight else {}
         # A key as unusual as that of an average token of text is half held at 1: kᵀC⁻¹k is f over text.
-        return {site: moment + rome.past / len(moment) * keys[site].T @ keys[site] if keys else moment
+        return {site: moment + rome.past_weight / len(moment) * keys[site].T @ keys[site] if keys else moment
                 for site, moment in total.items()}  # fmt: skip
 
     def _solve(self, site: Site, asked: Demand, keys: Tensor, scale: float, moment: Tensor) -> _Found:

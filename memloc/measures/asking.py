@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Sized
 from pathlib import Path
 from typing import Any
 
@@ -104,6 +104,16 @@ def earlier(path: str | None, measure: str, ids: Sequence[str]) -> dict[str, Map
             "on the model before its edit"
         )
     return rows
+
+
+def need_some(facts: Sized) -> None:
+    """Refuse to measure nothing.
+
+    Raises:
+        InputError: there is no fact.
+    """
+    if not len(facts):
+        raise InputError("facts: no passage to measure, for there is no fact")
 
 
 def at_least_one(name: str, **settings: int) -> None:

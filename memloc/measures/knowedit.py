@@ -11,6 +11,7 @@ from memloc.measures.asking import (
     at_least_one,
     earlier,
     mean_share,
+    need_some,
     pair,
     predicted,
     token_share,
@@ -76,6 +77,7 @@ class KnowEdit:
             MismatchError: `before` is another measure's, or of other facts.
             ModelError: logits that are not finite.
         """
+        need_some(facts)
         old = earlier(self.before, "knowedit", facts.ids)
         asked = {fact.id: asks(fact) for fact in facts}
         said = self._said(view, [ask for asks_ in asked.values() for ask in asks_])

@@ -9,7 +9,7 @@ from typing import Any
 
 from memloc.errors import InputError
 from memloc.measurement import Figure, Measurement
-from memloc.measures.asking import at_least_one, mean_share, predicted, written
+from memloc.measures.asking import at_least_one, mean_share, need_some, predicted, written
 from memloc.measures.prose import names
 from memloc.passages import Fact, Facts
 from memloc.provenance import Provenance, digest_bytes, digest_json, settings_of
@@ -58,6 +58,7 @@ class Mquake:
             InputError: facts that are not of MQuAKE, no tokenizer, a question that does not fit the context.
             ModelError: logits that are not finite.
         """
+        need_some(facts)
         cases = _cases(facts)
         ahead = self._shots()
         pairs = [(fact.prompt.ids, fact.target) for fact in facts]

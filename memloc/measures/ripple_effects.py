@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from memloc.errors import InputError
 from memloc.measurement import Figure, Measurement
-from memloc.measures.asking import at_least_one, earlier, mean_share, predicted, written
+from memloc.measures.asking import at_least_one, earlier, mean_share, need_some, predicted, written
 from memloc.measures.prose import names
 from memloc.passages import Fact, Facts
 from memloc.provenance import Provenance, digest_json, settings_of
@@ -83,6 +83,7 @@ class RippleEffects:
             InputError: facts without tests, no tokenizer, a prompt that does not fit the context.
             MismatchError: `before` is another measure's, or of other facts.
         """
+        need_some(facts)
         old = earlier(self.before, "ripple-effects", facts.ids)
         tests = {fact.id: tuple(tests_of(fact)) for fact in facts}
         asked = list(dict.fromkeys(query.prompt for group in tests.values() for query in _queries(group)))

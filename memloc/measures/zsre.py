@@ -8,7 +8,7 @@ from typing import Any
 
 from memloc.errors import InputError
 from memloc.measurement import Figure, Measurement
-from memloc.measures.asking import at_least_one, mean_share, predicted, token_share
+from memloc.measures.asking import at_least_one, mean_share, need_some, predicted, token_share
 from memloc.measures.figures import figure
 from memloc.passages import Fact, Facts
 from memloc.provenance import Provenance, settings_of
@@ -54,8 +54,7 @@ class Zsre:
             InputError: no facts, facts of both conventions, or one that does not fit the model.
             ModelError: logits that are not finite.
         """
-        if not facts:
-            raise InputError("zsre: no facts to measure")
+        need_some(facts)
         conventions = sorted({str(fact.tags.get("zsre-convention", OWN)) for fact in facts})
         if len(conventions) > 1:
             raise InputError(f"zsre: facts of two conventions ({'; '.join(conventions)}); measure them one by one")

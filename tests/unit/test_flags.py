@@ -1,9 +1,11 @@
 import argparse
+import dataclasses
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import pytest
 
+from editors.cli import verbs
 from memloc.errors import InputError
 from memloc.flags import DataFile, Parser, add_fields, build
 from memloc.sites import Kind
@@ -73,3 +75,18 @@ def test_a_data_file_may_name_which_records():
 )
 def test_cells_read_like_a_person_writes(value, text):
     assert cell(value) == text
+
+
+@pytest.mark.parametrize("verb", ["edit", "localize", "measure"])
+def test_no_setting_of_a_method_is_called_like_a_flag_of_its_verb(verb):
+    """Both would be one flag: what is meant for the one would reach the other. A seed is meant for both."""
+    found = next(entry for entry in verbs() if entry.name == verb)
+    parser = argparse.ArgumentParser()
+    found.configure(parser)
+    flags = {action.dest for action in parser._actions} - {"help"}
+    assert found.methods is not None and len(flags) > 5
+    shared = {
+        name: {field.name for field in dataclasses.fields(found.methods[name]) if field.init} & flags - {"seed"}
+        for name in found.methods
+    }
+    assert {name: fields for name, fields in shared.items() if fields} == {}
