@@ -48,7 +48,7 @@ class OutlierSet:
             model that learned the text well: on the lab model all candidates together do not reach it.
         highest: the first θ, and
         lowest: the last.
-        step: by which it falls.
+        decrement: by which it falls.
         growth: neurons of each layer that join with every level for |a| alone.
         batch_size: passages searched together; no effect on scores.
 
@@ -62,15 +62,15 @@ class OutlierSet:
     until: Literal["exact", "nll"] = "exact"
     highest: float = 5.0
     lowest: float = 1.0
-    step: float = 0.25
+    decrement: float = 0.25
     growth: int = 1
     batch_size: int = 16
     in_parts: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        if not (self.highest >= self.lowest >= 0 and self.step > 0):
-            found = f"highest {self.highest}, lowest {self.lowest}, step {self.step}"
-            raise InputError(f"outlier-set: {found}; expected highest ≥ lowest ≥ 0, and a step above 0")
+        if not (self.highest >= self.lowest >= 0 and self.decrement > 0):
+            found = f"highest {self.highest}, lowest {self.lowest}, decrement {self.decrement}"
+            raise InputError(f"outlier-set: {found}; expected highest ≥ lowest ≥ 0, and a decrement above 0")
         if self.growth < 0 or self.batch_size < 1:
             found = f"growth {self.growth}, batch_size {self.batch_size}"
             raise InputError(f"outlier-set: {found}; expected at least 0 and 1")
@@ -121,11 +121,11 @@ class OutlierSet:
 
     def _count(self) -> int:
         """Levels there are."""
-        return int((self.highest - self.lowest) / self.step + 1e-9) + 1
+        return int((self.highest - self.lowest) / self.decrement + 1e-9) + 1
 
     def _levels(self, unusual: Tensor, loud: Tensor) -> Tensor:
         """The level at which each neuron becomes a candidate, [l, f]; `_count()` where it never does."""
-        by_deviation = (torch.floor((self.highest - unusual) / self.step) + 1).clamp_min(0)
+        by_deviation = (torch.floor((self.highest - unusual) / self.decrement) + 1).clamp_min(0)
         rank = loud.abs().argsort(dim=-1, descending=True, stable=True).argsort(-1)
         by_size = rank // self.growth if self.growth else torch.full_like(rank, self._count())
         return torch.minimum(by_deviation, by_size.to(by_deviation)).clamp_max(self._count()).long()

@@ -49,7 +49,7 @@ class RareTokenHeads:
             number of heads (the largest of all heads in each dealing).
         ablate: whether to silence ("zero") or freeze ("mean", over the passages' tokens) the best heads, one by one;
             the notes then tell what becomes of the suffix, and of `contrast`.
-        top: how many of them.
+        silenced: how many of them.
         seed: of the dealings.
         batch_size: passages per forward; no effect on scores.
 
@@ -58,8 +58,8 @@ class RareTokenHeads:
         token alone, or to the token before; share of attention on the first token; and the published statistic
         (attention summed in bins of dense rank, correlated with rank: rare is negative) beside what an even head has.
 
-    Cost: one forward a passage, and the attention alone of every layer ⌈tokens / head width⌉ times; `ablate`: `top`
-    forwards (and one without) over passages and contrast.
+    Cost: one forward a passage, and the attention alone of every layer ⌈tokens / head width⌉ times; `ablate`:
+    `silenced` forwards (and one without) over passages and contrast.
 
     Source: Stoehr et al. 2024, arXiv:2403.19851, section 5. Means instead of sums, ranks and the null are ours: the
     published statistic is strongly negative for a head that attends evenly.
@@ -70,13 +70,13 @@ class RareTokenHeads:
     skip: int = 1
     permutations: int = 200
     ablate: Literal["none", "zero", "mean"] = "none"
-    top: int = 4
+    silenced: int = 4
     seed: int = 0
     batch_size: int = 16
 
     def __post_init__(self) -> None:
-        if min(self.skip, self.permutations) < 0 or min(self.top, self.batch_size) < 1:
-            raise InputError("skip and permutations: expected at least 0; top and batch_size: at least 1")
+        if min(self.skip, self.permutations) < 0 or min(self.silenced, self.batch_size) < 1:
+            raise InputError("skip and permutations: expected at least 0; silenced and batch_size: at least 1")
 
     @torch.no_grad()
     def __call__(self, view: ModelView, passages: Passages, *, contrast: Passages | None = None) -> Localization:
@@ -125,7 +125,7 @@ class RareTokenHeads:
         if self.ablate == "none":
             return total
         for given in (passages, contrast or Passages(())):
-            total += self._outcome_cost(view, given).times(1 + min(self.top, heads)) if given else Cost(0)
+            total += self._outcome_cost(view, given).times(1 + min(self.silenced, heads)) if given else Cost(0)
         return total
 
     def _outcome_cost(self, view: ModelView, passages: Passages) -> Cost:
@@ -174,7 +174,7 @@ class RareTokenHeads:
         self, view: ModelView, passages: Passages, contrast: Passages | None, found: _Findings
     ) -> dict[str, Any]:
         """What becomes of passages and contrast when the best heads are silenced, one at a time."""
-        best = found.r.mean(0).flatten().argsort(descending=True, stable=True)[: self.top].tolist()
+        best = found.r.mean(0).flatten().argsort(descending=True, stable=True)[: self.silenced].tolist()
         given = {"passages": passages} | ({} if contrast is None else {"contrast": contrast})
         clean = {name: self._outcome(view, items) for name, items in given.items()}
         heads = []

@@ -60,7 +60,7 @@ def heads(lab: Lab) -> dict[str, Any]:
     count = lab.view.layers * lab.view.heads
     rarity = RareTokenHeads(query="suffix")
     seen, unseen = rarity(lab.view, lab.recited, contrast=lab.train), rarity(lab.view, lab.unseen, contrast=lab.train)
-    silenced = RareTokenHeads(query="suffix", ablate="zero", top=count, permutations=0)
+    silenced = RareTokenHeads(query="suffix", ablate="zero", silenced=count, permutations=0)
     told = silenced(lab.view, lab.recited, contrast=lab.held_out).notes["ablation"]
     rows = []
     for entry in told["heads"]:

@@ -106,7 +106,7 @@ VARIANTS: Mapping[str, Entry] = {
     "integrated-gradients last": IntegratedGradients(position="last", memory_mb=1),
     "integrated-gradients inclusive": IntegratedGradients(quadrature="inclusive", nodes=20),
     "rare-token-heads suffix": RareTokenHeads(query="suffix", scale="z", skip=0, ablate="zero"),
-    "rare-token-heads all": RareTokenHeads(query="all", permutations=0, ablate="mean", top=2),
+    "rare-token-heads all": RareTokenHeads(query="all", permutations=0, ablate="mean", silenced=2),
     "attention-bypass head": AttentionBypass(grain="head"),
     "attention-bypass window": AttentionBypass(span="window"),
     "attention-bypass quartile": AttentionBypass(span="quartile"),

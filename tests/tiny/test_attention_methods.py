@@ -180,7 +180,7 @@ def test_the_baselines_attend_as_they_say():
 def test_ablating_a_head_does_what_it_says(ablate, view_of):
     """Beside forwards with changed weights: the output columns of the head zeroed, its mean put into the bias."""
     view, passages, ordinary = view_of("gpt2", torch.float64), repeating(), repeating(5, seed=8)
-    notes = RareTokenHeads(ablate=ablate, top=2)(view, passages, contrast=ordinary).notes["ablation"]
+    notes = RareTokenHeads(ablate=ablate, silenced=2)(view, passages, contrast=ordinary).notes["ablation"]
     for entry in notes["heads"]:
         other, site = view.copy(), Site.parse(entry["site"])
         own = slice(entry["head"] * view.head_width, (entry["head"] + 1) * view.head_width)
@@ -206,8 +206,8 @@ def test_rare_token_heads_refuse_what_has_no_ranks(view_of):
         RareTokenHeads()(view_of("gpt2"), Passages(()))
     with pytest.raises(InputError, match="no prefix has 3 types of token beyond the first 1"):
         RareTokenHeads()(view_of("gpt2"), Passages((Passage("a", (1, 2, 3), (4,)),)))
-    with pytest.raises(InputError, match="top and batch_size: at least 1"):
-        RareTokenHeads(top=0)
+    with pytest.raises(InputError, match="silenced and batch_size: at least 1"):
+        RareTokenHeads(silenced=0)
 
 
 # -- outcomes ----------------------------------------------------------------------------------------------------

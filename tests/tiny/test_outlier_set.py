@@ -105,12 +105,12 @@ def test_the_search_says_where_no_candidates_suffice_and_where_none_are_needed()
 
 def test_levels_by_hand():
     """θ = 3, 2, 1: strictly above it, or among the loudest so far of the layer."""
-    method = OutlierSet(highest=3.0, lowest=1.0, step=1.0, growth=1)
+    method = OutlierSet(highest=3.0, lowest=1.0, decrement=1.0, growth=1)
     assert method._count() == 3
     unusual = torch.tensor([[3.5, 3.0, 2.5, 1.2, 1.0, 0.2, 0.1]])
     loud = torch.tensor([[0.0, 0.0, 0.0, 0.0, 0.0, -9.0, 8.0]])
     assert method._levels(unusual, loud).tolist() == [[0, 1, 1, 2, 3, 0, 1]]
-    deviation = OutlierSet(highest=3.0, lowest=1.0, step=1.0, growth=0)
+    deviation = OutlierSet(highest=3.0, lowest=1.0, decrement=1.0, growth=0)
     assert deviation._levels(unusual, loud).tolist() == [[0, 1, 1, 2, 3, 3, 3]]
 
 
