@@ -33,8 +33,7 @@ FLOORS: tuple[str, ...] = (
     "memloc.grids memloc.localizers memloc.truth",
     "memloc.checks memloc.verbs",
     "memloc.cli",
-    "editors editors.base editors.deltas editors.masks editors.methods editors.packing editors.rounding "
-    "editors.trial",
+    "editors editors.base editors.deltas editors.masks editors.methods editors.packing editors.rounding editors.trial",
     "editors.hook_form editors.patch",
     "editors.binding editors.disk",
     "editors.edit_file",
