@@ -124,7 +124,8 @@ class Work:
             found = self.editor.search(self.view, site.layer, self.demands, scale)
             return replace(found, change=found.change[self.asked.fact])
         keys, price = self.asked.keys(self.demands), self._price()
-        return optimise_jointly(self.view, site.layer, self.demands, keys, price, scale, self.editor.descent)
+        how, pace = self.editor.descent, self.editor.pace
+        return optimise_jointly(self.view, site.layer, self.demands, keys, price, scale, how, pace=pace)
 
     def _price(self) -> Tensor:
         """What the closed forms will charge for values, `[n, n]`: each layer's drift in shares of its own output."""

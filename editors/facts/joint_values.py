@@ -28,6 +28,7 @@ def optimise_jointly(
     scale: Tensor,
     how: Descent,
     *,
+    pace: float,
     size: int = 32,
 ) -> Values:
     """For every key the change of what `layer` puts out, such that all targets are said and the price is least.
@@ -44,7 +45,8 @@ def optimise_jointly(
         keys: for every fact the key of each of its prompts, and of its essence.
         price: [k, k], symmetric.
         scale: [n] norm of the clean output of each fact's bare prompt; `clamp` is relative to it.
-        how: the settings; `weight_decay` is not used.
+        how: the settings; `lr` and `weight_decay` are not used.
+        pace: Adam's step size, in shares of the clean output's root mean square: streams differ in scale.
         size: facts at once.
 
     Returns:
@@ -55,6 +57,7 @@ def optimise_jointly(
     owner = torch.zeros(count, dtype=torch.long)
     for fact, own in enumerate(keys):
         owner[list(own)] = fact
+    stride = pace * scale.to(device, torch.float32)[owner][:, None] / view.width**0.5
     longest = how.clamp * scale.to(device, torch.float32)[owner]
     charge = price.to(device, torch.float32)
     change, moments = torch.zeros(count, view.width, device=device), torch.zeros(2, count, view.width, device=device)
@@ -70,7 +73,7 @@ def optimise_jointly(
                 short = ((-said - how.stop_below).clamp_min(0) * stage.share.to(said)).sum() + how.kl_weight * kl.sum()
                 gradient[mine] += torch.autograd.grad(short, part)[0]
             left = min(1.0, 2 * (1 - step / how.steps))
-            change = change - left * how.lr * adam(moments, every, gradient, step + 1)
+            change = change - left * stride * adam(moments, every, gradient, step + 1)
             change *= (longest / change.norm(dim=1).clamp_min(1e-30)).clamp_max(1)[:, None]
         loss, after = _spoken(stages, change)
     updates = torch.full((len(demands),), how.steps)

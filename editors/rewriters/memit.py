@@ -38,7 +38,7 @@ class Memit(BatchEditor):
     model's own ways to a fact and the price of values are ours.
     """
 
-    weight: float = 0.02
+    weight: float = 0.1
     name: ClassVar[str] = "memit"
     refuses = staticmethod(left_to_right)
 

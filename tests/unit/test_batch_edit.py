@@ -32,7 +32,7 @@ RECORDS = [
 ]
 BARE = {
     "prefixes": (), "recalls": 0, "protect": 0.0, "namesakes": 0, "replay": 0.0, "sentences": 0, "kl_weight": 0.0,
-    "steps": 8,
+    "steps": 8, "pace": 0.1,
 }  # fmt: skip
 
 
@@ -98,7 +98,8 @@ def test_memit_is_memit_on_a_working_copy_with_dense_solves(tmp_path):
 def test_the_targets_are_said(editor, tmp_path):
     view = open_view()
     facts = read(tmp_path, view)
-    strong = replace(editor, **{**BARE, "steps": 60}, layers=(0, 1), lr=0.5, clamp=60.0, price=1e-6, rounds=2)
+    search = {"steps": 60, "pace": 0.5, "lr": 0.5, "clamp": 60.0, "price": 1e-6}
+    strong = replace(editor, **{**BARE, **search}, layers=(0, 1), rounds=2)
     request = Request(facts=facts, text=ordinary(view))
     with hands_off(view):
         edit = strong(view, request)
