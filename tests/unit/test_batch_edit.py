@@ -167,7 +167,7 @@ def test_edits_already_made_are_protected_by_what_they_note(make, tmp_path):
         key = read_at(view, [site], rows)[site]
 
         def moved(past):
-            edit = make(**{**BARE, "past": 1e6}, **own, layers=(1,))(
+            edit = make(**{**BARE, "past_weight": 1e6}, **own, layers=(1,))(
                 view, Request(facts=facts[1:], text=ordinary(view), past=past)
             )
             return float((key @ edit.deltas[site].dense().double().T).norm()) / edit.norms[site]

@@ -420,19 +420,19 @@ def test_solved_change_is_what_the_model_then_puts_out(view, facts):
     torch.testing.assert_close(after, before + change, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("how", ["past", "protect"])
+@pytest.mark.parametrize("how", ["past_weight", "protect"])
 def test_earlier_edits_and_facts_to_keep_move_less_when_they_are_protected(how, view, facts):
     """An earlier edit is known by what it noted; a weight of nothing is the control."""
     site, text = Site(1, Kind.MLP_OUT), ordinary(view)
     settings = {**PLAIN, "steps": 8, "namesakes": 0, "sentences": 0, "layer": 1, "token": "prompt-last"}
     first = Rome(**settings)(view, Request(facts=facts[:1], text=text))
     assert [row.ids for row in rows_of_past([first])] == [facts[0].prompt.ids]
-    given = {"past": {"past": (first,)}, "protect": {"keep_facts": facts[:1]}}[how]
+    given = {"past_weight": {"past": (first,)}, "protect": {"keep_facts": facts[:1]}}[how]
     with first.apply(view):
         key = read_at(view, [site], rows_of_past([first]))[site]
 
         def moved(weight):
-            rome = Rome(**{**settings, "past": 0.0, "protect": 0.0, how: weight})
+            rome = Rome(**{**settings, "past_weight": 0.0, "protect": 0.0, how: weight})
             edit = rome(view, Request(facts=facts[1:2], text=text, **given))
             return float((key @ edit.deltas[site].dense().double().T).norm()) / edit.norms[site]
 
