@@ -36,7 +36,6 @@ magnitude = true                                # and the largest weights (or un
 
 from __future__ import annotations
 
-import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -45,8 +44,7 @@ from typing import Any
 from editors.methods import EDITORS
 from memloc.errors import InputError
 from memloc.flags import DataFile
-from memloc.grids.grid import filled
-from memloc.grids.reading import Table
+from memloc.grids.reading import Table, read_toml
 from memloc.methods import LOCALIZERS
 from memloc.provenance import digest_json, settings_of
 
@@ -180,11 +178,7 @@ class Plan:
                 expected are named.
         """
         path = Path(path)
-        try:
-            content = tomllib.loads(path.read_text(encoding="utf8"))
-        except (OSError, ValueError) as error:
-            raise InputError(f"{path} cannot be read as TOML: {error}") from error
-        table = Table(path.name, filled(content, values, path.name))
+        table = Table(path.name, read_toml(path, values))
         try:
             return _plan(table, path.parent)
         except InputError as error:

@@ -36,7 +36,6 @@ matched = "site"                                # as many at every site, or in t
 
 from __future__ import annotations
 
-import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -45,7 +44,7 @@ from typing import Any
 from memloc.ablations.ablation import FACTORS, HOWS
 from memloc.errors import InputError
 from memloc.flags import DataFile
-from memloc.grids.reading import Table
+from memloc.grids.reading import Table, read_toml
 from memloc.methods import MEASURES
 
 KINDS = ("passages", "text", "facts")
@@ -157,11 +156,7 @@ class Grid:
                 expected are named.
         """
         path = Path(path)
-        try:
-            content = tomllib.loads(path.read_text(encoding="utf8"))
-        except (OSError, ValueError) as error:
-            raise InputError(f"{path} cannot be read as TOML: {error}") from error
-        return cls.of(filled(content, values, path.name), folder=path.parent, where=path.name)
+        return cls.of(read_toml(path, values), folder=path.parent, where=path.name)
 
     @classmethod
     def of(cls, content: Mapping[str, Any], *, folder: str | Path = ".", where: str = "grid") -> Grid:
@@ -192,25 +187,6 @@ class Grid:
                                  f"in ablate[{number}]")  # fmt: skip
         models = tuple(str(folder / name) if (folder / name).exists() else name for name in names)
         return cls(models=models, data=data, measures=measures, sets=sets, reference=reference, reference_tokens=tokens)
-
-
-def filled(value: Any, values: Mapping[str, str], where: str) -> Any:
-    """What a file holds, with every {NAME} in its texts replaced.
-
-    Raises:
-        InputError: a name nobody gave.
-    """
-    if isinstance(value, Mapping):
-        return {key: filled(entry, values, where) for key, entry in value.items()}
-    if isinstance(value, list):
-        return [filled(entry, values, where) for entry in value]
-    if not isinstance(value, str) or "{" not in value:
-        return value
-    try:
-        return value.format(**values)
-    except (KeyError, IndexError, ValueError) as error:
-        missing = str(error).strip("'\"")
-        raise InputError(f"{where}: {value!r} names {{{missing}}}; give it with --with {missing}=VALUE") from error
 
 
 def _file(table: Table, key: str, folder: Path) -> DataFile:

@@ -4,12 +4,27 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import tomllib
 import types
 import typing
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, Literal
 
 from memloc.errors import InputError
+
+
+def read_toml(path: Path, values: Mapping[str, str]) -> Any:
+    """What a TOML file holds, with every {NAME} in its texts replaced.
+
+    Raises:
+        InputError: not a TOML file, or a name that `values` lacks; the file is named.
+    """
+    try:
+        content = tomllib.loads(path.read_text(encoding="utf8"))
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path} cannot be read as TOML: {error}") from error
+    return _filled(content, values, path.name)
 
 
 class Table:
@@ -136,3 +151,17 @@ def _fits(value: Any, hint: Any) -> bool:
     if hint in (int, float):
         return _is(value, "whole number" if hint is int else "number")
     return isinstance(hint, type) and isinstance(value, hint)
+
+
+def _filled(value: Any, values: Mapping[str, str], where: str) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _filled(entry, values, where) for key, entry in value.items()}
+    if isinstance(value, list):
+        return [_filled(entry, values, where) for entry in value]
+    if not isinstance(value, str) or "{" not in value:
+        return value
+    try:
+        return value.format(**values)
+    except (KeyError, IndexError, ValueError) as error:
+        missing = str(error).strip("'\"")
+        raise InputError(f"{where}: {value!r} names {{{missing}}}; give it with --with {missing}=VALUE") from error
