@@ -137,8 +137,8 @@ def _counted(before: Measurement) -> int:
 
 def _said(measure: str, loss: float, n: int) -> str:
     if measure == "perplexity":
-        return f"The model's perplexity on ordinary text is {loss:+.1%}."
+        return f"The model's perplexity on ordinary text changes by {loss:+.1%}."
     if measure == "writing":
-        return f"The share of four-token groups that it repeats is {loss:+.1%} (in points)."
+        return f"The share of four-token groups that it repeats changes by {100 * loss:+.1f} points."
     what = "passages recited" if measure == "extraction" else "facts answered"
     return f"Of {n} {what} before the edit, {round((1 - loss) * n)} still are."
