@@ -16,7 +16,7 @@ from memloc.terminal import Terminal
 def flags(parser: argparse.ArgumentParser) -> None:
     """Add its flags."""
     parser.add_argument("plan", type=Path, help="TOML file: model, data, localizers, editors, budgets")
-    out(parser, "folder for results, tables and pictures; what is there already is not run again", required=True)
+    out(parser, "folder for results, tables and pictures; what is there already is not run again")
     told = "what {NAME} stands for in the plan; may be given more than once"
     parser.add_argument("--with", dest="values", action="append", default=[], metavar="NAME=VALUE", help=told)
     parser.add_argument("--part", default="1/1", metavar="I/N", help="run only every Nth missing edit, from the Ith on")
@@ -36,6 +36,8 @@ def run(arguments: argparse.Namespace, terminal: Terminal) -> None:
         terminal.table(f"{len(cells)} edits", columns, rows)
         terminal.result({"cells": [vars(cell) for cell in cells]})
         return
+    if arguments.out is None:
+        raise InputError("--out FOLDER is needed, for results, tables and pictures (or --cells, to see the edits only)")
     from editors.trade_offs import work
 
     ground = work.Ground.of(plan)

@@ -77,5 +77,7 @@ def test_the_edits_of_a_plan_are_told_without_a_model(plan, tmp_path, capsys):
     (tmp_path / "lab").mkdir()
     for name in ("passages", "controls", "corpus"):
         (tmp_path / "lab" / f"{name}.jsonl").write_text("{}\n")
-    code, found = sweep(plan, tmp_path / "lab", tmp_path / "out", "--cells", capsys=capsys)
-    assert code == 0 and len(found["cells"]) == 12
+    told = ["sweep", str(plan), "--with", f"lab={tmp_path / 'lab'}"]
+    assert main([*told, "--cells", "--json"]) == 0
+    assert len(json.loads(capsys.readouterr().out)["cells"]) == 12
+    assert main(told) == 2 and "--out FOLDER is needed" in capsys.readouterr().err
