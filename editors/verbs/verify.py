@@ -21,7 +21,7 @@ def flags(parser: argparse.ArgumentParser) -> None:
     """Add its flags."""
     parser.add_argument("model", help="checkpoint folder (or hub name) before the edit")
     parser.add_argument("edit", type=Path, help="edit.safetensors, or the folder of an edited checkpoint")
-    common(parser, "passages", "controls", "retain")
+    common(parser, "device-map", "passages", "controls", "retain")
     parser.add_argument(
         "--memorized", type=DataFile.parse, metavar="FILE", help="memorized passages the edit was not told of, JSONL"
     )
