@@ -59,7 +59,9 @@ def test_heads_are_counted_in_the_weights(family, view_of):
 
 
 WRONG = {
-    "no norm behind": ("gemma2", {"added": {}}, r"^L0: the block's output differs by .* check attn\.out, mlp\.out, added and"),
+    "no norm behind": (
+        "gemma2", {"added": {}}, r"^L0: the block's output differs by .* check attn\.out, mlp\.out, added and summed",
+    ),
     "gain as it is stored": ("gemma3", {"norm_offset": 0.0}, r"^L0\.\w+_layernorm: output differs by .* norm_offset"),
     "another norm": (
         "olmo2",
