@@ -25,7 +25,7 @@ from editors.edit_file import from_file, to_file
 from editors.packing import pack_repair
 from editors.patch import DTYPES, Survival, add_to, bits_short_of, dtype_name, empty_repair, take_from, weight_shape
 from editors.rounding import Rounding
-from memloc import slices, store
+from memloc import offloading, slices, store
 from memloc.errors import ArtifactError, InputError, MismatchError, ModelError
 from memloc.lazy import method
 from memloc.provenance import Provenance, digest_bytes, digest_json, digest_tensor
@@ -246,6 +246,8 @@ class Edit:
         for site in self.touched:
             if slices.sliced(view.parameter(site)):
                 raise ModelError(f"{site} lies in slices on several processes; save the edit, then use `memloc apply`")
+            if offloading.elsewhere(view.parameter(site)):
+                raise ModelError(f"{site}: the weight is offloaded; edit the checkpoint folder instead (memloc apply)")
         edit = self if self.reversible else self.rebased(view)
         results: dict[str, Tensor] = {}
         for parameter, sites in edit.parameters.items():
@@ -475,8 +477,6 @@ def _exchange(live: Mapping[str, Tensor], results: dict[str, Tensor]) -> None:
 
 def _bind(view: ModelView, site: Site, *, shared: bool) -> Touched:
     live, place = view.parameter(site), view.place(site)
-    if live.device.type == "meta":
-        raise ModelError(f"{site}: the weight is offloaded; edit the checkpoint folder instead (memloc apply)")
     dtype = dtype_name(live)
     if dtype not in DTYPES or hasattr(live, "quant_state"):
         raise ModelError(f"{site}: the weight is quantised ({dtype}); edit the full-precision checkpoint")
@@ -490,7 +490,8 @@ def _bind(view: ModelView, site: Site, *, shared: bool) -> Touched:
 def _copy(view: ModelView, site: Site, *, shared: bool) -> Tensor:
     """The stored parameter of `site`, copied to the CPU; checked to be one that can be edited."""
     _bind(view, site, shared=shared)
-    return view.place(site).matrix(slices.whole(view.parameter(site).detach())).to("cpu", copy=True).contiguous()
+    place = view.place(site)
+    return place.matrix(view.values(place.parameter).detach()).to("cpu", copy=True).contiguous()
 
 
 def _found(stored: Tensor) -> Found:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import cases
 import pytest
 import torch
@@ -11,6 +13,7 @@ from torch.testing import assert_close
 from editors.base import Request
 from editors.cli import main
 from editors.pruners.neuron_dropout import NeuronDropout
+from editors.shipping.checkpoint import apply_edit
 from memloc.errors import ModelError
 from memloc.localizers.activation import Activation
 from memloc.localizers.activation_gradient import ActivationGradient
@@ -85,11 +88,18 @@ def test_what_needs_all_weights_at_once_says_so(both, tmp_path):
         thin.copy()
 
 
-def test_an_edit_of_an_offloaded_weight_goes_through_the_file(both):
+def test_an_edit_of_an_offloaded_weight_goes_through_the_file(both, tmp_path):
     whole, thin = both
     asked = Request(selection=Random()(whole, zoo.passages(2)).top(6))
+    edit = NeuronDropout()(thin, asked)
+    assert edit.digest == NeuronDropout()(whole, asked).digest
     with pytest.raises(ModelError, match=r"offloaded; edit the checkpoint folder instead \(memloc apply\)$"):
-        NeuronDropout()(thin, asked)
+        edit.apply(thin)
+    assert thin.digest == whole.digest
+    apply_edit(edit, Path(whole.name), tmp_path / "edited")
+    written = ModelView.open(tmp_path / "edited")
+    with edit.apply(whole):
+        assert written.digest == whole.digest
 
 
 def test_the_command_spreads_a_model(tmp_path, capsys):
