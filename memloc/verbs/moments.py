@@ -41,7 +41,11 @@ def flags(parser: argparse.ArgumentParser) -> None:
                         "(default: beside --out, until it is whole)")  # fmt: skip
     parser.add_argument("--shard", type=shard, metavar="NUMBER/COUNT",
                         help="sum over this share only, for `memloc merge`")  # fmt: skip
-    out(parser, "moments.safetensors, for --moment of editors", required=True)
+    out(
+        parser,
+        "moments.safetensors, for `editability --moments`, or as `moment` of editors in Python",
+        required=True,
+    )
 
 
 def run(arguments: argparse.Namespace, terminal: Terminal) -> None:
