@@ -7,22 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from editors.cli import main
-
 pytestmark = pytest.mark.lab
-
-
-@pytest.fixture
-def command(capsys, monkeypatch, tmp_path):
-    """Run one command inside tmp_path; returns (exit code, stdout, stderr)."""
-    monkeypatch.chdir(tmp_path)
-
-    def run(*words):
-        code = main([str(word) for word in words])
-        captured = capsys.readouterr()
-        return code, captured.out, captured.err
-
-    return run
 
 
 def full_dose(lab: Path) -> str:
