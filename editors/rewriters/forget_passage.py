@@ -16,7 +16,7 @@ from editors.edit import Edit
 from editors.tuning.descent import working_copy
 from editors.tuning.least_change import Metric, dual, gram
 from editors.tuning.odds import Row, Slopes, every_odds, log_odds, slopes
-from editors.tuning.replay import Replay, self_replay, token_pool
+from editors.tuning.replay import Replay, own_samples
 from memloc import progress
 from memloc.batches import pad
 from memloc.errors import InputError
@@ -139,7 +139,9 @@ class ForgetPassage:
         _check_apart(targets, request.retain)
         work = working_copy(view)
         asked = self._asked(work, targets, request.seed)
-        replay = self._replay(work, request, targets) if self.replay else None
+        replay = (
+            own_samples(self, work, targets, request.text, request.retain, seed=request.seed) if self.replay else None
+        )
         metrics = self._metrics(work, sites, request, replay)
         kept = _Kept.of(work, self._pool(request, replay), self.margin, self.batch_size)
         found, notes = _Solver(self, work, metrics, asked, kept).run()
@@ -180,19 +182,6 @@ class ForgetPassage:
         rows = [item.ids[: len(item.prefix) + step + 1] for item in targets
                 for step in range(len(item.suffix[: self.positions]))]  # fmt: skip
         return _Asked(targets, rows, levels)
-
-    def _replay(self, view: ModelView, request: Request, targets: Passages) -> Replay:
-        length = self.replay_length or max(2, *(len(item.ids) for item in targets))
-        return self_replay(
-            view,
-            self.replay,
-            length=min(length, view.context or length),
-            starts=token_pool(request.text, request.retain),
-            avoid=[item.ids for item in targets],
-            temperature=self.replay_temperature,
-            ngram=self.replay_ngram,
-            seed=request.seed,
-        )
 
     # -- what is kept -------------------------------------------------------------------------------------------
 

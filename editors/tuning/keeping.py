@@ -7,7 +7,7 @@ from typing import Any
 
 from editors.base import Request
 from editors.tuning.keep import Keep, Source
-from editors.tuning.replay import Replay, self_replay, token_pool
+from editors.tuning.replay import own_samples
 from memloc.errors import InputError
 from memloc.passages import Passages
 from memloc.view import ModelView
@@ -77,7 +77,7 @@ class Keeping:
         text = _rows(request.text, None, view) if self.keep_text else None
         sources = []
         if self.replay:
-            made = self._replay(view, request, avoid)
+            made = own_samples(self, view, avoid, request.text, request.retain, seed=request.seed)
             notes["replay"] = {"kept": len(made.ids), "filtered": made.filtered, "length": made.ids.shape[1]}
             sources.append(Source.of("replay", made.ids.tolist(), made.hidden))
         sources += [Source.of(name, rows) for name, rows in (("retain", named), ("text", text)) if rows]
@@ -87,19 +87,6 @@ class Keeping:
         shares = [max(1, round(self.keep_rows * weight / sum(weights))) for weight in weights]
         notes["keep_rows"] = {source.name: share for source, share in zip(sources, shares, strict=True)}
         return Keep(view, sources, shares, steps=steps, seed=request.seed, teach=teach)
-
-    def _replay(self, view: ModelView, request: Request, avoid: Passages) -> Replay:
-        length = self.replay_length or max(2, *(len(item.ids) for item in avoid))
-        return self_replay(
-            view,
-            self.replay,
-            length=min(length, view.context or length),
-            starts=token_pool(request.text, request.retain),
-            avoid=[item.ids for item in avoid],
-            temperature=self.replay_temperature,
-            ngram=self.replay_ngram,
-            seed=request.seed,
-        )
 
 
 def _rows(given: Passages | None, avoid: Passages | None, view: ModelView) -> list[tuple[int, ...]] | None:

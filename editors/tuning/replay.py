@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -156,3 +156,42 @@ def _starts(view: ModelView, count: int, pool: Sequence[int], generator: torch.G
 def token_pool(*sets: Passages | None) -> tuple[int, ...]:
     """All tokens of the passages given, in order: drawn from, they are the text's unigrams."""
     return tuple(token for passages in sets if passages is not None for item in passages for token in item.ids)
+
+
+class Sampling(Protocol):
+    """The settings that editors call alike: how many samples to begin, of what length, and what is left out."""
+
+    @property
+    def replay(self) -> int:
+        """How many samples are begun."""
+        ...
+
+    @property
+    def replay_length(self) -> int | None:
+        """Tokens of each that is finished; None for as many as the longest target has."""
+        ...
+
+    @property
+    def replay_temperature(self) -> float:
+        """Of the samples."""
+        ...
+
+    @property
+    def replay_ngram(self) -> int:
+        """How many tokens in a row make a match."""
+        ...
+
+
+def own_samples(how: Sampling, view: ModelView, avoid: Passages, *sets: Passages | None, seed: int) -> Replay:
+    """`self_replay` by an editor's settings: as long as the longest of `avoid`, begun with the tokens of `sets`."""
+    length = how.replay_length or max(2, *(len(item.ids) for item in avoid))
+    return self_replay(
+        view,
+        how.replay,
+        length=min(length, view.context or length),
+        starts=token_pool(*sets),
+        avoid=[item.ids for item in avoid],
+        temperature=how.replay_temperature,
+        ngram=how.replay_ngram,
+        seed=seed,
+    )
