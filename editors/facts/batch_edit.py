@@ -24,7 +24,7 @@ from editors.facts.conflicts import refuse_alike, refuse_same
 from editors.facts.contexts import Demand, Row, check_context, sample_prefixes
 from editors.facts.growth import limited
 from editors.facts.joint_values import optimise_jointly
-from editors.facts.keys_values import Values, chances, read_at, read_blocks_at
+from editors.facts.keys_values import Values, chances, read_at, read_blocks_at, stream_norm
 from editors.facts.protected import NOTE, Protected, note_of, protected_rows, second_moment_at
 from editors.hook_form import as_if
 from memloc import progress
@@ -114,18 +114,12 @@ class Work:
     def _values(self) -> Values:
         site = Site(self.layers[-1], Kind.MLP_OUT)
         bare = [entry.prompts[0] for entry in self.demands]
-        if self.view.row.added.get(site.kind):
-            # Behind the map stands a norm: what the map puts out and the stream are not to one scale.
-            clean = read_at(self.view, [site], bare, side="output")[site]
-        else:
-            clean = read_blocks_at(self.view, site.layer, bare)
-        scale = clean.norm(dim=1).float()
+        scale = stream_norm(self.view, site.layer, bare)
         if not self.editor.price:
             found = self.editor.search(self.view, site.layer, self.demands, scale)
             return replace(found, change=found.change[self.asked.fact])
         keys, price = self.asked.keys(self.demands), self._price()
-        how, pace = self.editor.descent, self.editor.pace
-        return optimise_jointly(self.view, site.layer, self.demands, keys, price, scale, how, pace=pace)
+        return optimise_jointly(self.view, site.layer, self.demands, keys, price, scale, self.editor.descent)
 
     def _price(self) -> Tensor:
         """What the closed forms will charge for values, `[n, n]`: each layer's drift in shares of its own output."""

@@ -33,8 +33,8 @@ class BatchEditor:
             grows with it.
         ways: the model's own ways to a fact (`recalls`) get a key each ("each"), or are averaged into one ("mean").
         steps: passes of the search for values, the last of which only evaluates.
-        lr: Adam's step size where each fact's value is searched for by itself, in the stream's units.
-        pace: and where all are searched for together, in shares of the clean output's root mean square.
+        pace: Adam's step size in shares of the clean output's root mean square: streams differ in scale.
+        lr: as published instead, in the stream's units; only where each fact's value is searched for by itself.
         clamp: a value's change is kept below this many times the norm of the clean output.
         weight_decay: weight of its norm / ‖clean output‖² in the loss.
         kl_weight: weight of the change of the answer to "{subject} is a", in nats; at subject-last only.
@@ -65,8 +65,8 @@ class BatchEditor:
     rounds: int = 1
     ways: Literal["each", "mean"] = "each"
     steps: int = 60
-    lr: float = 0.1
     pace: float = 0.05
+    lr: float | None = None
     clamp: float = 4.0
     weight_decay: float = 1e-3
     kl_weight: float = 0.0625
@@ -113,8 +113,7 @@ class BatchEditor:
     @property
     def descent(self) -> Descent:
         """The settings of the search for values."""
-        return Descent(steps=self.steps, lr=self.lr, clamp=self.clamp, weight_decay=self.weight_decay,
-                       kl_weight=self.kl_weight, stop_below=self.stop_below)  # fmt: skip
+        return Descent.of(self)
 
     @property
     def amounts(self) -> Amounts:
@@ -133,12 +132,14 @@ class BatchEditor:
         Raises:
             InputError: names the setting, what it is and what is expected.
         """
-        least = {"damping": 0, "rounds": 1, "steps": 1, "lr": 0, "pace": 0, "clamp": 0, "weight_decay": 0,
+        least = {"damping": 0, "rounds": 1, "steps": 1, "pace": 0, "clamp": 0, "weight_decay": 0,
                  "kl_weight": 0, "samples": 0, "namesakes": 0, "protect": 0, "replay": 0, "sentences": 0,
                  "sentence_length": 2, "recalls": 0, "past_weight": 0, "top_k": 1}  # fmt: skip
         for name, value in least.items():
             if getattr(self, name) < value:
                 raise InputError(f"{self.name}: {name} is {getattr(self, name)}, expected {value} or more")
+        if self.lr is not None and self.lr < 0:
+            raise InputError(f"{self.name}: lr is {self.lr}, expected 0 or more, or none for steps of pace")
         if self.growth is not None and self.growth <= 0:
             raise InputError(f"{self.name}: growth is {self.growth}, expected above 0, or none")
         if len(self.depths) != 2 or not 0 <= self.depths[0] <= self.depths[1] <= 1:

@@ -8,7 +8,7 @@ onto what ordinary text hardly uses (AlphaEdit).
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import ClassVar, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -22,6 +22,11 @@ TINY = 1e-12
 
 class Metric(Protocol):
     """G, symmetric and positive: what a change along a key costs, inverted."""
+
+    @property
+    def unit(self) -> float:
+        """At most by how much what should stay moves, mean squared, for each unit of cost."""
+        ...
 
     def solve(self, columns: Tensor) -> Tensor:
         """G @ columns, `[f, k]` float64."""
@@ -43,6 +48,7 @@ class Factor:
     keys: Tensor
     reached: Tensor
     small: Tensor
+    unit: ClassVar[float] = 1.0
 
     @classmethod
     def of(cls, moment: Tensor, *, damping: float = 1e-4) -> Factor:
@@ -94,6 +100,11 @@ class NullSpace:
 
     basis: Tensor
     threshold: float
+
+    @property
+    def unit(self) -> float:
+        """The threshold: trace(Δ C Δᵀ) of a change within the basis is no more than so many times ‖Δ‖²."""
+        return self.threshold
 
     @classmethod
     def of(cls, moment: Tensor, threshold: float, *, relative: bool = True) -> NullSpace:
@@ -173,16 +184,17 @@ def insert_pairs(
 
 
 def charge(keys: Tensor, metric: Metric, slack: float = 0.0) -> Tensor:
-    """The n x n matrix A by which `insert_pairs` costs trace(R A Rᵀ), whatever the R: (KᵀG K + slack)⁻¹.
+    """The n x n matrix A by which `insert_pairs` costs trace(R A Rᵀ), whatever the R: unit · (KᵀG K + slack)⁻¹.
 
     Of a metric C⁻¹ the cost is trace(Δ C Δᵀ), what the change moves on average over what C was taken of (and, with
-    slack, ‖Δ K - R‖² / slack).
+    slack, ‖Δ K - R‖² / slack). Of a projector it is the most that this can be, threshold · ‖Δ‖² (and the slack's part).
     """
     asked = keys.detach().to("cpu", torch.float64)
     inner = asked.T @ metric.solve(asked)
     inner = (inner + inner.T) / 2
     least = max(slack, 1e-9 * float(inner.diagonal().max()))
-    return torch.cholesky_inverse(torch.linalg.cholesky(inner + least * torch.eye(len(inner), dtype=torch.float64)))
+    factor = torch.linalg.cholesky(inner + least * torch.eye(len(inner), dtype=torch.float64))
+    return metric.unit * torch.cholesky_inverse(factor)
 
 
 def rounded(pairs: Pairs, keys: Tensor) -> LowRank:

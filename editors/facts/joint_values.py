@@ -9,6 +9,7 @@ together: keys that are alike then agree on what they can share. Ours.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -28,7 +29,6 @@ def optimise_jointly(
     scale: Tensor,
     how: Descent,
     *,
-    pace: float,
     size: int = 32,
 ) -> Values:
     """For every key the change of what `layer` puts out, such that all targets are said and the price is least.
@@ -46,7 +46,6 @@ def optimise_jointly(
         price: [k, k], symmetric.
         scale: [n] norm of the clean output of each fact's bare prompt; `clamp` is relative to it.
         how: the settings; `lr` and `weight_decay` are not used.
-        pace: Adam's step size, in shares of the clean output's root mean square: streams differ in scale.
         size: facts at once.
 
     Returns:
@@ -57,7 +56,7 @@ def optimise_jointly(
     owner = torch.zeros(count, dtype=torch.long)
     for fact, own in enumerate(keys):
         owner[list(own)] = fact
-    stride = pace * scale.to(device, torch.float32)[owner][:, None] / view.width**0.5
+    stride = replace(how, lr=None).stride(scale.to(device, torch.float32), view.width)[owner]
     longest = how.clamp * scale.to(device, torch.float32)[owner]
     charge = price.to(device, torch.float32)
     change, moments = torch.zeros(count, view.width, device=device), torch.zeros(2, count, view.width, device=device)

@@ -7,7 +7,7 @@ alone once it is done; each fact has its own change, its own Adam state and its 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor
@@ -76,7 +76,8 @@ class Descent:
 
     Attributes:
         steps: passes; the last one only evaluates, so there are `steps - 1` updates.
-        lr: Adam's step size.
+        pace: Adam's step size in shares of the clean stream's root mean square: streams differ in scale.
+        lr: as published instead, in the stream's units.
         clamp: the change is kept no longer than `clamp` times the clean output.
         weight_decay: weight of ‖δ‖ / ‖clean output‖² (the numerator is not squared).
         kl_weight: weight of KL(edited ‖ clean), in nats, where the fact's essence is asked.
@@ -84,11 +85,22 @@ class Descent:
     """
 
     steps: int = 25
-    lr: float = 0.5
+    pace: float = 0.05
+    lr: float | None = None
     clamp: float = 4.0
     weight_decay: float = 0.5
     kl_weight: float = 0.0625
     stop_below: float = 0.05
+
+    @classmethod
+    def of(cls, settings: object) -> Descent:
+        """From those of an editor, which has fields of the same names."""
+        return cls(**{field.name: getattr(settings, field.name) for field in fields(cls)})
+
+    def stride(self, norms: Tensor, width: int) -> Tensor:
+        """Adam's step size `[n, 1]` for clean streams of `norms` `[n]`, in the stream's units."""
+        lengths = self.pace * norms / width**0.5 if self.lr is None else torch.full_like(norms, self.lr)
+        return lengths[:, None]
 
 
 @dataclass(frozen=True)
@@ -110,8 +122,27 @@ class Values:
     after: Tensor
 
 
+def stream_norm(view: ModelView, layer: int, rows: Sequence[Row]) -> Tensor:
+    """Norm of what a change of `layer`'s `mlp.out` is added to, `[n]` float32: the stream after the block.
+
+    Where a norm stands behind the map, what the map puts out and the stream are not to one scale; there the former.
+    """
+    site = Site(layer, Kind.MLP_OUT)
+    behind = view.row.added.get(site.kind)
+    clean = read_at(view, [site], rows, side="output")[site] if behind else read_blocks_at(view, layer, rows)
+    found: Tensor = clean.norm(dim=1).float()
+    return found
+
+
 def optimise_values(
-    view: ModelView, layer: int, demands: Sequence[Demand], scale: Tensor, how: Descent, *, size: int = 32
+    view: ModelView,
+    layer: int,
+    demands: Sequence[Demand],
+    scale: Tensor,
+    how: Descent,
+    *,
+    stream: Tensor | None = None,
+    size: int = 32,
 ) -> Values:
     """For every fact the change of what `layer` puts out at its token that makes the model say the target.
 
@@ -126,6 +157,7 @@ def optimise_values(
         demands: the facts.
         scale: [n] norm of the clean output that `clamp` and `weight_decay` are relative to.
         how: the settings.
+        stream: [n] norm of the stream that `pace` is relative to; None for `scale`.
         size: facts at once.
 
     Raises:
@@ -134,17 +166,20 @@ def optimise_values(
     Source: Meng et al. 2022, arXiv:2202.05262, in the form of its published code; batching is ours.
     """
     check_context(demands, view.context)
+    strides = how.stride(scale if stream is None else stream, view.width)
     parts = [
-        _search(view, layer, demands[start : start + size], scale[start : start + size], how)
-        for start in range(0, len(demands), size)
+        _search(view, layer, demands[at : at + size], scale[at : at + size], strides[at : at + size], how)
+        for at in range(0, len(demands), size)
     ]
     names = ("change", "loss", "updates", "before", "after")
     return Values(*(torch.cat([getattr(part, name) for part in parts]) for name in names))
 
 
-def _search(view: ModelView, layer: int, demands: Sequence[Demand], scale: Tensor, how: Descent) -> Values:
+def _search(
+    view: ModelView, layer: int, demands: Sequence[Demand], scale: Tensor, strides: Tensor, how: Descent
+) -> Values:
     count, device = len(demands), view.device
-    norms = scale.to(device, torch.float32)
+    norms, stride = scale.to(device, torch.float32), strides.to(device, torch.float32)
     change = torch.zeros(count, view.width, device=device)
     moments = torch.zeros(2, count, view.width, device=device)
     loss, before, after = (torch.zeros(count, device=device) for _ in range(3))
@@ -165,7 +200,7 @@ def _search(view: ModelView, layer: int, demands: Sequence[Demand], scale: Tenso
             (gradient,) = torch.autograd.grad(total[going].sum(), mine)
             chosen = active[going]
             updates[chosen] += 1
-            moved = change[chosen] - how.lr * adam(moments, chosen, gradient[going], step + 1)
+            moved = change[chosen] - stride[chosen] * adam(moments, chosen, gradient[going], step + 1)
             longest = how.clamp * norms[chosen]
             change[chosen] = moved * (longest / moved.norm(dim=1).clamp_min(1e-30)).clamp_max(1)[:, None]
             if len(going) < len(active):

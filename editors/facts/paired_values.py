@@ -109,6 +109,7 @@ class _Pair:
 def _search(pair: _Pair, scale: Tensor, how: PairedDescent) -> Values:
     count, device, search = len(scale), pair.view.device, how.search
     norms = scale.to(device, torch.float32)
+    stride = search.stride(norms, pair.view.width)[:, :, None]
     change, moments = (torch.zeros(*size, count, 2, pair.view.width, device=device) for size in ((), (2,)))
     updates = torch.zeros(count, dtype=torch.long, device=device)
     going = torch.arange(count, device=device)
@@ -127,7 +128,7 @@ def _search(pair: _Pair, scale: Tensor, how: PairedDescent) -> Values:
             break
         (gradient,) = torch.autograd.grad(total[going].sum(), mine)
         updates[going] += 1
-        after = change[going] - search.lr * adam(moments, going, gradient[going], step + 1)
+        after = change[going] - stride[going] * adam(moments, going, gradient[going], step + 1)
         longest = search.clamp * norms[going]
         change[going] = after * (longest[:, None] / after.norm(dim=2).clamp_min(1e-30)).clamp_max(1)[:, :, None]
     return Values(

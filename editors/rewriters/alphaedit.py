@@ -42,7 +42,6 @@ class AlphaEdit(BatchEditor):
     threshold: float = 0.02
     ridge: float = 1e-3
     absolute: bool = False
-    price: float = 0.0
     name: ClassVar[str] = "alphaedit"
     refuses = staticmethod(left_to_right)
 

@@ -50,7 +50,7 @@ class Pmet(BatchEditor):
     calm: float = 0.01
     spread: Spread = "sqrt"
     steps: int = 30
-    lr: float = 0.2
+    pace: float = 0.1
     kl_weight: float = 1.0
     price: float = 0.0
     name: ClassVar[str] = "pmet"

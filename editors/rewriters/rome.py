@@ -14,7 +14,7 @@ from editors.base import Request
 from editors.deltas import Delta, LowRank, add
 from editors.edit import Edit
 from editors.facts.contexts import Demand, Row, Token, check_context, demand, row_of, sample_prefixes
-from editors.facts.keys_values import Descent, optimise_values, read_at
+from editors.facts.keys_values import Descent, optimise_values, read_at, stream_norm
 from editors.facts.least_squares import insert_pair
 from editors.facts.own_words import namesakes, recalls
 from editors.facts.protected import (
@@ -61,7 +61,8 @@ class Rome:
         bare: weight of the bare prompt's key in the mean key, the prefixed ones sharing the rest; None weighs all
             alike, as the original.
         steps: passes of the search for δ, the last of which only evaluates.
-        lr: Adam's step size.
+        pace: Adam's step size in shares of the stream's root mean square at the token: streams differ in scale.
+        lr: as published instead, in the stream's units.
         clamp: ‖δ‖ is kept below this many times the norm of the map's clean output.
         weight_decay: weight of ‖δ‖ / ‖clean output‖² in the loss.
         kl_weight: weight of the change of the answer to "{subject} is a", in nats; used at subject-last only, for at
@@ -100,7 +101,8 @@ class Rome:
     variant: Literal["consistent", "2022", "prompt-only"] = "consistent"
     bare: float | None = 0.5
     steps: int = 25
-    lr: float = 0.5
+    pace: float = 0.2
+    lr: float | None = None
     clamp: float = 8.0
     weight_decay: float = 1e-3
     kl_weight: float = 0.0625
@@ -124,9 +126,9 @@ class Rome:
     def published(cls, layer: int, **changes: Any) -> Rome:
         """The original's settings at `layer` (GPT-2 XL: 17): give `prefixes` and `moment` to reproduce a number."""
         settings: dict[str, Any] = {
-            "layer": layer, "token": "subject-last", "variant": "2022", "bare": None, "steps": 20, "clamp": 4.0,
-            "weight_decay": 0.5, "damping": 0.0, "samples": 10, "namesakes": 0, "protect": 0.0, "recalls": 0,
-            "sentences": 0, "replay": 0.0, "past_weight": 0.0, **changes,
+            "layer": layer, "token": "subject-last", "variant": "2022", "bare": None, "steps": 20, "lr": 0.5,
+            "clamp": 4.0, "weight_decay": 0.5, "damping": 0.0, "samples": 10, "namesakes": 0, "protect": 0.0,
+            "recalls": 0, "sentences": 0, "replay": 0.0, "past_weight": 0.0, **changes,
         }  # fmt: skip
         return cls(**settings)
 
@@ -164,8 +166,7 @@ class Rome:
     @property
     def descent(self) -> Descent:
         """The settings of the search for δ."""
-        return Descent(steps=self.steps, lr=self.lr, clamp=self.clamp, weight_decay=self.weight_decay,
-                       kl_weight=self.kl_weight, stop_below=self.stop_below)  # fmt: skip
+        return Descent.of(self)
 
     @property
     def amounts(self) -> Amounts:
@@ -173,7 +174,7 @@ class Rome:
         return Amounts(self.namesakes, self.sentences if self.replay else 0, self.sentence_length)
 
     def _check(self) -> None:
-        least = {"steps": 1, "lr": 0, "clamp": 0, "weight_decay": 0, "kl_weight": 0, "damping": 0, "samples": 0,
+        least = {"steps": 1, "pace": 0, "clamp": 0, "weight_decay": 0, "kl_weight": 0, "damping": 0, "samples": 0,
                  "namesakes": 0, "protect": 0, "recalls": 0, "sentences": 0, "sentence_length": 2, "replay": 0,
                  "past_weight": 0, "tries": 1, "top_k": 1}  # fmt: skip
         for name, value in least.items():
@@ -315,7 +316,8 @@ class _Work:
 
     def _solve(self, site: Site, asked: Demand, keys: Tensor, scale: float, moment: Tensor) -> _Found:
         rome = self.rome
-        values = optimise_values(self.view, site.layer, [asked], torch.tensor([scale]), rome.descent)
+        stream = stream_norm(self.view, site.layer, asked.prompts[:1])
+        values = optimise_values(self.view, site.layer, [asked], torch.tensor([scale]), rome.descent, stream=stream)
         weight = self.view.weight(site).detach().to("cpu", torch.float64)
         wanted = weight @ keys[0] + values.change[0].double()
         mean = _mean_key(keys, rome.bare)

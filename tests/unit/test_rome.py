@@ -182,7 +182,7 @@ def test_variants_differ_in_their_keys_and_in_nothing_else(view, facts):
     site, prefixes = Site(1, Kind.MLP_OUT), ("the mat", "the log", "Paris")
     moment = second_moments(view, ordinary(view), [site])
     shared = {"layer": 1, "token": "prompt-last", "prefixes": prefixes, "moment": moment, "damping": 0.01, "bare": None,
-              "namesakes": 0, "recalls": 0, "sentences": 0, "steps": 8}  # fmt: skip
+              "namesakes": 0, "recalls": 0, "sentences": 0, "steps": 8, "lr": 0.5}  # fmt: skip
     asked = demand(facts[0], view.tokenizer, prefixes, "prompt-last", essence=False)
     keys = read_at(view, [site], asked.prompts)[site]
     bare, mean = keys[0], keys.mean(0)
@@ -333,7 +333,7 @@ def test_braces_in_a_prefix_do_no_harm(view, facts):
 
 
 def test_facts_together_get_what_they_get_alone(view, facts):
-    how = Descent(steps=30, stop_below=3.5, clamp=50.0, weight_decay=0.01)
+    how = Descent(steps=30, lr=0.5, stop_below=3.5, clamp=50.0, weight_decay=0.01)
     asked = [
         demand(fact, view.tokenizer, ("the mat",), "prompt-last", essence=index != 1)
         for index, fact in enumerate(facts)
@@ -351,9 +351,20 @@ def test_facts_together_get_what_they_get_alone(view, facts):
     assert len(set(together.updates.tolist())) > 1, "facts that all stop together would show nothing"
 
 
+def test_steps_are_in_shares_of_the_stream_unless_a_length_is_given(view, facts):
+    asked = [demand(fact, view.tokenizer, (), "prompt-last", essence=False) for fact in facts]
+    scale, stream = torch.tensor([1.0, 2.0, 3.0]), torch.tensor([3.0, 0.5, 8.0])
+    shared = {"steps": 3, "clamp": 50.0, "stop_below": 0.0, "weight_decay": 0.0}
+    paced = optimise_values(view, 1, asked, scale, Descent(**shared, pace=0.3), stream=stream)
+    for index, one in enumerate(asked):
+        length = 0.3 * float(stream[index]) / view.width**0.5
+        alone = optimise_values(view, 1, [one], scale[index : index + 1], Descent(**shared, lr=length))
+        torch.testing.assert_close(alone.change[0], paced.change[index], rtol=1e-4, atol=1e-5)
+
+
 def test_a_short_clamp_binds(view, facts):
     asked = [demand(facts[0], view.tokenizer, (), "prompt-last", essence=False)]
-    found = optimise_values(view, 1, asked, torch.tensor([0.01]), Descent(clamp=2.0, weight_decay=0.0))
+    found = optimise_values(view, 1, asked, torch.tensor([0.01]), Descent(lr=0.5, clamp=2.0, weight_decay=0.0))
     torch.testing.assert_close(found.change.norm(), torch.tensor(0.02), rtol=1e-5, atol=0)
 
 
@@ -411,7 +422,7 @@ def test_solved_change_is_what_the_model_then_puts_out(view, facts):
     site = Site(2, Kind.MLP_OUT)
     moment = second_moments(view, ordinary(view), [site])
     rome = Rome(layer=2, token="subject-last", variant="prompt-only", prefixes=("the mat",), namesakes=0, recalls=0,
-                moment=moment, steps=6)  # fmt: skip
+                moment=moment, steps=6, lr=0.5)  # fmt: skip
     asked = demand(facts[0], view.tokenizer, ("the mat",), "subject-last")
     before = read_at(view, [site], asked.prompts[:1], side="output")[site][0]
     change = optimise_values(view, 2, [asked], before.norm()[None], rome.descent).change[0].double()
