@@ -99,7 +99,7 @@ class MomentPass:
         every: seconds between two writings of what is summed so far, which take a twentieth of the time at most; 0
             writes after each batch.
 
-    Cost: a forward over the draw, left after the highest site, and f² multiplications a token and site in float64.
+    Cost: a forward over the draw, left after the highest site, and f² / 2 multiplications a token and site.
     Memory: two [f, f] float64 a site where the model is, and the keys of one batch.
 
     Source: as many tokens as 10 f: Gupta et al. 2025, arXiv:2506.04226. Halves, and resuming, are ours.
@@ -244,11 +244,12 @@ class _Sums:
         apart = len(self.halves) > 1
         half = torch.tensor([int(apart and not drawn.first[row]) for row in batch.rows], device=batch.ids.device)
         for site, found in seen.items():
-            if not bool(torch.isfinite(found[batch.mask.to(found.device)]).all()):
-                raise InputError(f"{site}: keys that are not finite in {found.dtype}; open the model in another dtype")
             for index, sums in enumerate(self.halves):
                 rows = batch.mask & (half == index)[:, None]
                 add_keys(sums[site], found[rows.to(found.device)])
+                if not bool(torch.isfinite(sums[site].diagonal()).all()):
+                    said = f"{site}: keys that are not finite in {found.dtype}"
+                    raise InputError(f"{said}; open the model in another dtype")
             for place, row in enumerate(batch.rows):
                 if drawn.probed[row]:
                     self.probes[site].append((row, found[place, int(batch.length[place]) - 1].float().cpu()))

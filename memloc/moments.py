@@ -23,6 +23,8 @@ from memloc.view import ModelView
 
 BLOCK = 64
 """Columns that a product of keys is computed in at least; smaller blocks cost more in calls than they save."""
+ROWS = 1024
+"""Keys whose products are added up in float32 before they go into a sum in float64."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -209,14 +211,19 @@ def empty(width: int, device: torch.device) -> Tensor:
 def add_keys(total: Tensor, keys: Tensor) -> None:
     """Add Σ k kᵀ over the rows of `keys` [t, f] to `total`, in place and in float64; see `mirrored`.
 
-    Only blocks on and above the diagonal are computed: the product is symmetric, so half the work is enough.
+    Only blocks on and above the diagonal are computed: the product is symmetric, so half the work is enough. Products
+    of a thousand rows are taken in float32 (which keys of half precision lose nothing in, and float32 ones no more
+    than their own rounding) and added up in float64; all in float64 where the keys are, or where torch was told to
+    multiply float32 coarsely.
     """
-    plain = keys.to(total.device, torch.float64)
+    wide = keys.dtype == torch.float64 or torch.get_float32_matmul_precision() != "highest"
+    plain = keys.to(total.device, torch.float64 if wide else torch.float32)
     width = total.shape[0]
     step = max(BLOCK, -(-width // 8))
-    for start in range(0, width, step):
-        end = min(start + step, width)
-        total[:end, start:end].addmm_(plain[:, :end].T, plain[:, start:end])
+    for rows in plain.split(ROWS):
+        for start in range(0, width, step):
+            end = min(start + step, width)
+            total[:end, start:end] += rows[:, :end].T @ rows[:, start:end]
 
 
 def mirrored(total: Tensor) -> Tensor:
