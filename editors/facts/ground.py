@@ -84,9 +84,20 @@ class Ground:
                    request.past)  # fmt: skip
 
     def without(self, rows: Collection[Row]) -> Ground:
-        """The same with these rows unprotected."""
+        """The same with these rows neither protected nor among the model's own ways to a fact."""
+        demands, own = [], []
+        for entry, count in zip(self.demands, self.own, strict=True):
+            first = len(entry.prompts) - count
+            ways = tuple(row for row in entry.prompts[first:] if row not in rows)
+            demands.append(replace(entry, prompts=entry.prompts[:first] + ways))
+            own.append(len(ways))
         kept = replace(self.kept, named=tuple(row for row in self.kept.named if row not in rows))
-        return replace(self, kept=kept, known={})
+        return replace(self, demands=tuple(demands), own=tuple(own), kept=kept, known={})
+
+    def ways(self) -> list[tuple[Row, ...]]:
+        """Of each fact the model's own ways to it, the likeliest first."""
+        pairs = zip(self.demands, self.own, strict=True)
+        return [entry.prompts[len(entry.prompts) - count :] for entry, count in pairs]
 
     def stays(self, sites: Sequence[Site]) -> Stays:
         """What should stay at `sites`; each one's metric is worked out once.

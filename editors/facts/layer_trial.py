@@ -1,8 +1,9 @@
 """Which blocks, and which token, to edit many facts at: measured, by small edits of some of the facts themselves.
 
 Every candidate makes the edit of a few of the request's facts, with the same settings and protection. It is judged as
-a single fact's sites are (`editors.facts.site_trial`): by what the model then says behind prefixes that no value was
-fitted to, and by what it still says of namesakes that were not protected. Nothing but the request is looked at. Ours.
+a single fact's sites are (`editors.facts.site_trial`): by what the model then says behind prefixes and in ways of its
+own to the fact that no value was fitted to, and by what it still says of namesakes that were not protected. Nothing
+but the request is looked at. Ours.
 """
 
 from __future__ import annotations
@@ -109,13 +110,13 @@ class Trial:
     Attributes:
         ground: what the edits start from.
         asked: the facts behind prefixes that no value is fitted to.
-        own: of each the model's own ways to it.
+        ways: of each every other of the model's own ways to it, which are not edited.
         judges: of each the namesakes that are not protected.
     """
 
     ground: Ground
     asked: tuple[Demand, ...]
-    own: tuple[tuple[Row, ...], ...]
+    ways: tuple[tuple[Row, ...], ...]
     judges: tuple[tuple[Row, ...], ...]
 
     @classmethod
@@ -126,18 +127,16 @@ class Trial:
         draw = torch.Generator().manual_seed(request.seed + 1)
         unseen = _unseen_prefixes(ground, draw)
         asked = tuple(_asked(view, fact, unseen, editor.place) for fact in facts)
-        own = tuple(
-            entry.prompts[len(entry.prompts) - count :] for entry, count in zip(ground.demands, ground.own, strict=True)
-        )
+        ways = tuple(mine[1::2] for mine in ground.ways())
         subjects = [ids for fact in facts for ids in spellings(view, fact)]
         judges = tuple(_judges(view, fact, editor.place, subjects, draw) for fact in facts)
-        return cls(ground.without({row for rows in judges for row in rows}), asked, own, judges)
+        return cls(ground.without({row for rows in (*judges, *ways) for row in rows}), asked, ways, judges)
 
     def judged(self, layers: tuple[int, ...]) -> dict[str, float]:
         """What the edit of `layers` does; no weight is touched."""
         deltas, _ = Work.on(self.ground, layers).solved()
         return merit(
-            [tried(self.ground.view, deltas, *each) for each in zip(self.asked, self.own, self.judges, strict=True)]
+            [tried(self.ground.view, deltas, *each) for each in zip(self.asked, self.ways, self.judges, strict=True)]
         )
 
 
