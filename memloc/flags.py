@@ -73,8 +73,9 @@ def shard(text: str) -> tuple[int, int]:
 def add_fields(parser: argparse.ArgumentParser, method: type) -> list[str]:
     """One flag for every field of `method` (a dataclass) that a shell can spell; returns those fields' names.
 
-    `int`, `float`, `str`, `bool`, enums, `Literal`, their optional forms and homogeneous tuples have flags; other
-    fields (tensors, say) are for Python. Fields named as a flag that is already there share it.
+    `int`, `float`, `str`, `bool`, `Path`, enums, `Literal`, their optional forms and homogeneous tuples have flags,
+    and so has the one such form of a field that may be something else in Python (`Moments | Path`); other fields
+    (tensors, say) are for Python. Fields named as a flag that is already there share it.
     """
     taken = {option for action in parser._actions for option in action.option_strings}
     hints = typing.get_type_hints(method)
@@ -111,8 +112,9 @@ def build(method: type, names: list[str], arguments: argparse.Namespace) -> Any:
 def _options(hint: Any) -> dict[str, Any] | None:
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if origin in (Union, types.UnionType):
-        rest = [part for part in arguments if part is not type(None)]
-        return _options(rest[0]) if len(rest) == 1 else None
+        spelled = [part for part in arguments if part is not type(None) and _options(part) is not None]
+        # What may be an object in Python is a file in a shell, whether Python may give its path as text or not.
+        return _options(Path if Path in spelled else spelled[0]) if Path in spelled or len(spelled) == 1 else None
     if origin is Literal:
         return {"choices": list(arguments), "type": type(arguments[0])}
     if origin is tuple and len(arguments) == 2 and arguments[1] is Ellipsis:
@@ -122,6 +124,8 @@ def _options(hint: Any) -> dict[str, Any] | None:
         return {"action": argparse.BooleanOptionalAction}
     if isinstance(hint, type) and issubclass(hint, enum.Enum):
         return {"type": _member(hint), "choices": list(hint)}
+    if hint is Path:
+        return {"type": Path, "metavar": "FILE"}
     if hint in (int, float, str):
         return {"type": hint, "metavar": hint.__name__.upper()}
     return None

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from pathlib import Path
+from typing import ClassVar, Literal
 
 from torch import Tensor
 
@@ -13,6 +14,7 @@ from editors.facts.contexts import Demand, Token
 from editors.facts.keys_values import Descent, Values, optimise_values
 from editors.facts.protected import Amounts
 from memloc.errors import InputError
+from memloc.moments import Moments
 from memloc.sites import Site
 from memloc.view import ModelView
 
@@ -57,7 +59,7 @@ class BatchEditor:
         growth: an edit that would make a map's change (edits already made included) larger than this share of its
             norm is scaled down to it, and says so; None for no limit.
         prefixes: texts instead of the model's own; () for none.
-        moment: second moments instead of those of the request's text: a `Moments`, or the path of a saved one.
+        moment: second moments instead of those of the request's text, as `memloc moments` saves them for this model.
     """
 
     layers: tuple[int, ...] = ()
@@ -89,7 +91,7 @@ class BatchEditor:
     past_weight: float = 1.0
     growth: float | None = None
     prefixes: tuple[str, ...] | None = None
-    moment: Any = None
+    moment: Moments | Path | str | None = None
 
     name: ClassVar[str] = ""
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -16,6 +17,7 @@ from editors.edit import Edit
 from editors.facts.contexts import Demand, Row, Token, check_context, demand, row_of, sample_prefixes
 from editors.facts.keys_values import Descent, optimise_values, read_at, stream_norm
 from editors.facts.least_squares import insert_pair
+from editors.facts.moments_given import moments_of
 from editors.facts.own_words import namesakes, recalls
 from editors.facts.protected import (
     NOTE,
@@ -30,7 +32,7 @@ from editors.facts.protected import (
 from editors.facts.site_trial import TRIAL_LENGTHS, TRIALS, tried
 from memloc import progress
 from memloc.errors import InputError
-from memloc.moments import Moments, second_moments
+from memloc.moments import Moments
 from memloc.passages import Fact, Facts, Prompt
 from memloc.provenance import Provenance, digest_tensor, settings_of
 from memloc.sites import Kind, Site
@@ -82,8 +84,8 @@ class Rome:
             alone, are treated like prefixed prompts.
         tries: layers tried where `layer` is None, evenly spread.
         prefixes: texts instead of the model's own; () for none.
-        moment: second moment instead of that of the request's text: a tensor [f, f] for `layer`, a `Moments` (for many
-            edits of one model collect it once), or the path of a saved one.
+        moment: second moments instead of those of the request's text, as `memloc moments` saves them for this model;
+            in Python also a tensor [f, f] for `layer`.
 
     Raises:
         InputError: neither text nor moment, no facts, a layer the model has not, a fact that does not fit.
@@ -116,7 +118,7 @@ class Rome:
     recalls: int = 8
     tries: int = 8
     prefixes: tuple[str, ...] | None = None
-    moment: Any = None
+    moment: Tensor | Moments | Path | str | None = None
 
     @classmethod
     def published(cls, layer: int, **changes: Any) -> Rome:
@@ -139,10 +141,11 @@ class Rome:
         facts = request.need_facts()
         self._check()
         layers = self._layers(view)
-        moments, source = self._moments(view, request, layers)
+        inputs = request.inputs(view)
+        moments, source = self._moments(view, request, layers, inputs["model"])
         prefixes, trial = self._prefixes(view, layers, torch.Generator().manual_seed(request.seed))
         settings = {**settings_of(self), "moment": source if self.moment is not None else None}
-        provenance = Provenance("rome", settings, request.seed, {**request.inputs(view), "moment": source})
+        provenance = Provenance("rome", settings, request.seed, {**inputs, "moment": source})
         deltas: dict[Site, Delta] = {}
         notes = []
         written: list[Row] = []
@@ -191,19 +194,16 @@ class Rome:
             return (self.token,)
         return ("prompt-last",) if fact.prompt.subject is None else ("subject-last", "prompt-last")
 
-    def _moments(self, view: ModelView, request: Request, layers: Sequence[int]) -> tuple[Mapping[int, Tensor], str]:
+    def _moments(
+        self, view: ModelView, request: Request, layers: Sequence[int], model: str
+    ) -> tuple[Mapping[int, Tensor], str]:
         """Second moment of each layer, and the digest of where they come from."""
         if isinstance(self.moment, Tensor):
             if self.layer is None:
                 raise InputError("rome: a second moment given as a tensor is that of one layer; name the layer")
             return {self.layer: self.moment}, digest_tensor(self.moment)
         sites = {layer: Site(layer, Kind.MLP_OUT) for layer in layers}
-        if self.moment is not None:
-            found = self.moment if isinstance(self.moment, Moments) else Moments.load(self.moment)
-        elif request.text:
-            found = second_moments(view, request.text, tuple(sites.values()))
-        else:
-            raise InputError("rome needs ordinary text, to know what to leave alone, or a second moment; found neither")
+        found = moments_of("rome", self.moment, view, request, tuple(sites.values()), model=model)
         return {layer: found.mean(site) for layer, site in sites.items()}, found.digest
 
     def _prefixes(

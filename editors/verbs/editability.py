@@ -29,7 +29,8 @@ def flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--localizations", type=Path, nargs="+", metavar="FILE", required=True,
                         help="of these facts, with a score per fact (memloc localize NAME --facts)")  # fmt: skip
     parser.add_argument("--layers", help="such as 4-8 or 0,3,5 (default: all)")
-    parser.add_argument("--moments", type=Path, metavar="FILE", help="second moments, from memloc moments")
+    parser.add_argument("--moments", "--moment", dest="moment", type=Path, metavar="FILE",
+                        help="second moments, from memloc moments")  # fmt: skip
     parser.add_argument(
         "--figure", choices=FIGURES, default="rewrite", help="what counts as success (default: rewrite)"
     )
@@ -83,10 +84,10 @@ def _with_moments(
     from memloc.sites import Kind, Site
 
     takes = any(item.name == "moment" for item in dataclasses.fields(arguments.method))
-    if arguments.moments is not None:
+    if arguments.moment is not None:
         if not takes:
             raise InputError(f"--moments: {type(arguments.method).__name__} takes no second moments")
-        return dataclasses.replace(arguments.method, moment=Moments.load(arguments.moments))
+        return dataclasses.replace(arguments.method, moment=Moments.load(arguments.moment))
     if not takes or text is None or getattr(arguments.method, "moment", None) is not None:
         return arguments.method
     sites = [Site(layer, Kind.MLP_OUT) for layer in layers]

@@ -43,7 +43,7 @@ def flags(parser: argparse.ArgumentParser) -> None:
                         help="sum over this share only, for `memloc merge`")  # fmt: skip
     out(
         parser,
-        "moments.safetensors, for `editability --moments`, or as `moment` of editors in Python",
+        "moments.safetensors, for `edit NAME --moment` and `editability --moments`",
         required=True,
     )
 

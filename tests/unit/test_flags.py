@@ -1,6 +1,7 @@
 import argparse
 import dataclasses
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 import pytest
@@ -8,6 +9,7 @@ import pytest
 from editors.cli import verbs
 from memloc.errors import InputError
 from memloc.flags import DataFile, Parser, add_fields, build
+from memloc.passages import Passages
 from memloc.sites import Kind
 from memloc.terminal import cell
 
@@ -29,6 +31,8 @@ class Method:
     kind: Kind = Kind.MLP_OUT
     layers: tuple[int, ...] = ()
     tensor: Any = None
+    text: Passages | Path | str | None = None
+    either: int | str = 0
     seed: int = 0
 
 
@@ -52,7 +56,12 @@ def test_what_is_not_said_keeps_its_default_and_shared_flags_are_shared():
 
 def test_help_comes_from_the_docstring_and_tensors_have_no_flag():
     text = " ".join(parsed()[1].format_help().split())
-    assert "how many, at most. (default: 3)" in text and "--tensor" not in text
+    assert "how many, at most. (default: 3)" in text and "--tensor" not in text and "--either" not in text
+
+
+def test_what_may_be_an_object_in_python_is_a_file_in_a_shell():
+    assert parsed("--text", "a.jsonl")[0] == Method(text=Path("a.jsonl"), seed=5)
+    assert "--text FILE" in parsed()[1].format_help()
 
 
 @pytest.mark.parametrize("words", [["--mode", "c"], ["--steps", "many"], ["--nonsense"], ["--kind", "x"]])

@@ -11,6 +11,8 @@ from tiny_tokenizers import TEXT, byte_level
 from editors.base import Request
 from editors.checks import hands_off
 from editors.facts import layer_trial
+from editors.facts.batch_edit import Work
+from editors.facts.contexts import Row
 from editors.facts.ground import Ground
 from editors.facts.layer_trial import Trial, candidates, chosen
 from editors.rewriters.alphaedit import AlphaEdit
@@ -164,6 +166,22 @@ def test_nothing_that_judges_was_used_to_edit(view, request_, monkeypatch):
     monkeypatch.setattr(layer_trial, "_judges", lambda *given: both)
     kept = Trial.of(editor, view, request_, request_.facts, moments).ground.kept.named
     assert set(named) - set(kept) == set(both) <= set(named)
+
+
+def test_ways_to_a_fact_that_judge_are_taken_out_of_its_rows(view, request_):
+    """A random model has no ways of its own to a fact; any prompts stand in for them."""
+    editor = Memit(**{**SMALL, "token": "prompt-last", "layers": (1,)})
+    moments = second_moments(view, request_.text, view.sites(Kind.MLP_OUT))
+    plain = Ground.of(editor, view, request_, request_.facts, moments)
+    ways = [Row((5, 6, 7 + place), 2) for place in range(4)]
+    first = replace(plain.demands[0], prompts=(*plain.demands[0].prompts, *ways))
+    ground = replace(plain, demands=(first, *plain.demands[1:]), own=(4, 0, 0))
+    assert ground.ways() == [tuple(ways), (), ()]
+    left = ground.without(set(ways[1::2]))
+    assert left.ways() == [tuple(ways[::2]), (), ()] and left.own == (2, 0, 0)
+    assert left.without(set(ways)).demands == plain.demands
+    keys = [len(Work.on(entry, (1,)).asked.first) for entry in (plain, ground, left)]
+    assert keys == [3, 7, 5], "each way that is edited has a key of its own"
 
 
 def test_only_prompts_and_answers_of_the_facts_are_looked_at(view, tmp_path):
