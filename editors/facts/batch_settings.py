@@ -11,8 +11,8 @@ from torch import Tensor
 
 from editors.facts.closed_forms import Factor, Metric
 from editors.facts.contexts import Demand, Token
-from editors.facts.keys_values import Descent, Values, optimise_values
-from editors.facts.protected import Amounts
+from editors.facts.fact_settings import FactEditor
+from editors.facts.keys_values import Values, optimise_values
 from memloc.errors import InputError
 from memloc.moments import Moments
 from memloc.sites import Site
@@ -22,8 +22,8 @@ Spread = Literal["even", "sqrt", "first-last", "last"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class BatchEditor:
-    """Settings that all editors of many facts share.
+class BatchEditor(FactEditor):
+    """Settings that all editors of many facts share, beside those of all editors of facts.
 
     Attributes:
         layers: blocks whose MLPs are changed, upwards; () for those between `depths`.
@@ -36,30 +36,10 @@ class BatchEditor:
         rounds: how often the layers are gone through; what a round left missing is asked for in the next. The rank
             grows with it.
         ways: the model's own ways to a fact (`recalls`) get a key each ("each"), or are averaged into one ("mean").
-        steps: passes of the search for values, the last of which only evaluates.
-        pace: Adam's step size in shares of the clean output's root mean square: streams differ in scale.
-        lr: as published instead, in the stream's units; only where each fact's value is searched for by itself.
-        clamp: a value's change is kept below this many times the norm of the clean output.
-        weight_decay: weight of its norm / ‖clean output‖² in the loss.
-        kl_weight: weight of the change of the answer to "{subject} is a", in nats; at subject-last only.
-        stop_below: a fact's search ends when its loss is below.
         price: weight of the drift that the closed form will charge for the values (of what should stay, in shares of
             the maps' outputs) in the search for them, all facts together; 0 searches for each by itself, as published.
-        damping: share of the moment's mean diagonal added to its diagonal.
-        samples: how many prefixes of each length the model writes.
-        lengths: of these prefixes in tokens, the start token included.
-        top_k: each sampled token is one of the k likeliest.
-        recalls: at most how many of the model's own ways to each fact are used.
-        protect: weight of the mean k kᵀ over named facts and passages, and over namesakes, against that of text.
-        namesakes: for each fact so many prompts about other subjects are made up and protected.
-        replay: weight of the mean k kᵀ over the model's own sentences against that of text.
-        sentences: how many sentences the model writes.
-        sentence_length: of them, in tokens.
-        past_weight: weight of each key of edits already made, in shares of an average token of text.
         growth: an edit that would make a map's change (edits already made included) larger than this share of its
             norm is scaled down to it, and says so; None for no limit.
-        prefixes: texts instead of the model's own; () for none.
-        moment: second moments instead of those of the request's text, as `memloc moments` saves them for this model.
     """
 
     layers: tuple[int, ...] = ()
@@ -70,30 +50,11 @@ class BatchEditor:
     spread: Spread = "even"
     rounds: int = 1
     ways: Literal["each", "mean"] = "each"
-    steps: int = 60
-    pace: float = 0.05
-    lr: float | None = None
-    clamp: float = 4.0
-    weight_decay: float = 1e-3
-    kl_weight: float = 0.0625
-    stop_below: float = 0.1
     price: float = 10.0
-    damping: float = 1e-2
-    samples: int = 2
-    lengths: tuple[int, ...] = (5, 10)
-    top_k: int = 5
-    recalls: int = 8
-    protect: float = 1.0
-    namesakes: int = 24
-    replay: float = 1.0
-    sentences: int = 1200
-    sentence_length: int = 16
-    past_weight: float = 1.0
     growth: float | None = None
-    prefixes: tuple[str, ...] | None = None
     moment: Moments | Path | str | None = None
 
-    name: ClassVar[str] = ""
+    least: ClassVar[Mapping[str, float]] = {**FactEditor.least, "rounds": 1, "trials": 1}
 
     def metric(self, moment: Tensor) -> Metric:
         """Which directions of a map's input are cheap, from what should stay."""
@@ -123,18 +84,6 @@ class BatchEditor:
             raise InputError(f"{self.name}: the token is to be measured, and was not yet; name it")
         return self.token
 
-    @property
-    def descent(self) -> Descent:
-        """The settings of the search for values."""
-        return Descent.of(self)
-
-    @property
-    def amounts(self) -> Amounts:
-        """How much of what nobody named is protected."""
-        return Amounts(
-            self.namesakes if self.protect else 0, self.sentences if self.replay else 0, self.sentence_length
-        )
-
     def search(self, view: ModelView, layer: int, demands: Sequence[Demand], scale: Tensor) -> Values:
         """The values of `demands` at `layer`, each fact's by itself; `scale` is as in `optimise_values`."""
         return optimise_values(view, layer, demands, scale, self.descent)
@@ -145,14 +94,7 @@ class BatchEditor:
         Raises:
             InputError: names the setting, what it is and what is expected.
         """
-        least = {"damping": 0, "trials": 1, "rounds": 1, "steps": 1, "pace": 0, "clamp": 0, "weight_decay": 0,
-                 "kl_weight": 0, "samples": 0, "namesakes": 0, "protect": 0, "replay": 0, "sentences": 0,
-                 "sentence_length": 2, "recalls": 0, "past_weight": 0, "top_k": 1}  # fmt: skip
-        for name, value in least.items():
-            if getattr(self, name) < value:
-                raise InputError(f"{self.name}: {name} is {getattr(self, name)}, expected {value} or more")
-        if self.lr is not None and self.lr < 0:
-            raise InputError(f"{self.name}: lr is {self.lr}, expected 0 or more, or none for steps of pace")
+        super().check()
         if self.growth is not None and self.growth <= 0:
             raise InputError(f"{self.name}: growth is {self.growth}, expected above 0, or none")
         if self.measured and self.layers:

@@ -307,7 +307,9 @@ def test_bad_requests_say_what_to_do(view, facts):
         ({"moment": torch.eye(4)}, request, "name the layer"),
         ({"layer": 0, "moment": torch.eye(4)}, request, r"second moment \[4, 4\] for keys of 37"),
         ({"bare": 0.0}, request, "bare is 0.0, expected above 0"),
-        ({"steps": 0}, request, "steps is 0, expected 1 or more"),
+        ({"steps": 0}, request, "rome: steps is 0, expected 1 or more"),
+        ({"tries": 0}, request, "tries is 0, expected 1 or more"),
+        ({"lr": -0.1}, request, "lr is -0.1, expected 0 or more, or none"),
         ({"layer": 0, "prefixes": ("the cat " * 40,)}, request, "the context holds 64"),
     ]:
         with hands_off(view), pytest.raises(InputError, match=said):
