@@ -8,8 +8,9 @@ but the request is looked at. Ours.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from statistics import fmean, stdev
 from typing import Any, NamedTuple
 
 import torch
@@ -35,6 +36,9 @@ RANGES = (0.0, 1.0), (0.0, 0.5), (0.25, 0.75), (0.5, 1.0), (0.75, 1.0)
 JUDGES = 24
 """Namesakes made up for each tried fact, every third of which judges and is not protected."""
 
+SURE = 2.0
+"""Standard errors by which a candidate has to be ahead of the first: a few facts tell large differences only."""
+
 
 class Place(NamedTuple):
     """Where to edit: at which token, in which blocks."""
@@ -58,8 +62,8 @@ def chosen(
 ) -> tuple[BatchEditor, dict[str, Any]]:
     """The editor at the best of `places`, and what each of them did; at the only one without trying it.
 
-    The best is the one of the highest merit: the mean of the shares of facts that are said after the bare prompt, of
-    the target's probability behind other prefixes, and of what namesakes keep. The first of equals.
+    The best is the one of the highest mean `merit`, among the first that can be edited (the editor's own, as a rule)
+    and those that are ahead of it, fact by fact, by more than `SURE` standard errors of the difference.
 
     Cost: for each token what the editor asks the model of so many facts, and a metric of every block that a candidate
     changes; for each candidate their values, and four small forwards a fact.
@@ -71,36 +75,43 @@ def chosen(
         return replace(editor, token=places[0].token), {}
     few, trials = _drawn(request, editor.trials), {}
     rows: list[dict[str, Any]] = []
-    for place in progress.steps(places, "candidate layers"):
-        row: dict[str, Any] = {"token": place.token, "layers": list(place.layers)}
+    seen: dict[int, list[Tried]] = {}
+    for index, place in enumerate(progress.steps(places, "candidate layers")):
+        rows.append({"token": place.token, "layers": list(place.layers)})
         try:
             refuse_unheard(view, request.need_facts(), place.token, place.layers)
             if place.token not in trials:
                 trials[place.token] = Trial.of(replace(editor, token=place.token), view, request, few, moments)
-            row |= trials[place.token].judged(place.layers)
+            seen[index] = trials[place.token].judged(place.layers)
         except InputError as error:
-            row["refused"] = str(error)
-        rows.append(row)
-    open_ones = [index for index, row in enumerate(rows) if "refused" not in row]
-    if not open_ones:
-        raise InputError(
-            f"{editor.name}: none of {len(rows)} candidates can be edited; the first: {rows[0]['refused']}"
-        )
-    best = places[max(open_ones, key=lambda index: (rows[index]["merit"], -index))]
+            rows[index]["refused"] = str(error)
+    if not seen:
+        why = f"none of {len(rows)} candidates can be edited; the first: {rows[0]['refused']}"
+        raise InputError(f"{editor.name}: {why}")
+    best = places[_best(seen, rows)]
     settled = replace(editor, token=best.token, layers=best.layers, measured=False)
-    return settled, {
-        "tried": rows,
-        "tried on": list(few.ids),
-        "chosen": {"token": best.token, "layers": list(best.layers)},
-    }
+    where = {"token": best.token, "layers": list(best.layers)}
+    return settled, {"tried": rows, "tried on": list(few.ids), "chosen": where}
 
 
-def merit(seen: Sequence[Tried]) -> dict[str, float]:
-    """What a candidate did to several facts, on average, and its merit."""
-    count = len(seen)
-    right, said = sum(one.right for one in seen) / count, sum(one.said for one in seen) / count
-    kept = sum(one.kept for one in seen) / count
-    return {"right": right, "said": said, "kept": kept, "merit": (right + said + kept) / 3}
+def merit(one: Tried) -> float:
+    """Of a candidate for one fact: whether it is said, how likely it is asked otherwise, what others keep; the mean."""
+    return (one.right + one.said + one.kept) / 3
+
+
+def _best(seen: Mapping[int, Sequence[Tried]], rows: Sequence[dict[str, Any]]) -> int:
+    """Which candidate is chosen; `rows` are told the figures of each."""
+    merits = {index: [merit(one) for one in each] for index, each in seen.items()}
+    first, fit = next(iter(merits)), []
+    for index, each in seen.items():
+        for name in ("right", "said", "kept"):
+            rows[index][name] = fmean(getattr(one, name) for one in each)
+        gains = [mine - its for mine, its in zip(merits[index], merits[first], strict=True)]
+        error = stdev(gains) / len(gains) ** 0.5 if len(gains) > 1 else 0.0
+        rows[index] |= {"merit": fmean(merits[index]), "gain": fmean(gains), "error": error}
+        if index == first or fmean(gains) > SURE * error:
+            fit.append(index)
+    return max(fit, key=lambda index: (rows[index]["merit"], -index))
 
 
 @dataclass(frozen=True)
@@ -132,12 +143,11 @@ class Trial:
         judges = tuple(_judges(view, fact, editor.place, subjects, draw) for fact in facts)
         return cls(ground.without({row for rows in (*judges, *ways) for row in rows}), asked, ways, judges)
 
-    def judged(self, layers: tuple[int, ...]) -> dict[str, float]:
-        """What the edit of `layers` does; no weight is touched."""
+    def judged(self, layers: tuple[int, ...]) -> list[Tried]:
+        """What the edit of `layers` does to each fact; no weight is touched."""
         deltas, _ = Work.on(self.ground, layers).solved()
-        return merit(
-            [tried(self.ground.view, deltas, *each) for each in zip(self.asked, self.ways, self.judges, strict=True)]
-        )
+        each = zip(self.asked, self.ways, self.judges, strict=True)
+        return [tried(self.ground.view, deltas, *one) for one in each]
 
 
 def _drawn(request: Request, count: int) -> Facts:
