@@ -28,8 +28,9 @@ class BatchEditor(FactEditor):
     Attributes:
         layers: blocks whose MLPs are changed, upwards; () for those between `depths`.
         depths: relative depths (0 the first block, 1 the last) between which blocks are changed.
-        measured: choose the blocks instead by trying ranges of them on some of the facts (`editors.facts.layer_trial`).
-        trials: on how many facts, drawn by the seed.
+        measured: try other ranges of blocks on some of the facts first, and take the best of those that are surely
+            ahead (`editors.facts.layer_trial`).
+        trials: on how many facts blocks and token are tried, drawn by the seed.
         token: where to edit: the subject's last token, the prompt's, or whichever measures best on these facts.
         spread: what share of what is missing each layer brings: 1/(layers left) ("even", MEMIT), 1/√ of that ("sqrt",
             PMET), half at the first and the rest at the last and nothing between ("first-last", BLUE), all at the last.
