@@ -23,6 +23,7 @@ from editors.facts.closed_forms import Metric, charge, insert_pairs, rounded
 from editors.facts.conflicts import refuse_alike, refuse_same
 from editors.facts.contexts import Demand, Row, check_context, sample_prefixes
 from editors.facts.growth import limited
+from editors.facts.held import Lost, lost
 from editors.facts.joint_values import optimise_jointly
 from editors.facts.keys_values import Values, chances, read_at, read_blocks_at, stream_norm
 from editors.facts.protected import NOTE, Protected, note_of, protected_rows, second_moment_at
@@ -59,8 +60,9 @@ class Work:
     demands: tuple[Demand, ...]
     asked: Asked
     layers: tuple[int, ...]
+    kept: Protected
     metrics: Mapping[Site, Metric]
-    held: Mapping[Site, Tensor]
+    beside: Mapping[Site, Tensor]
     past: tuple[Edit, ...]
     source: str
     energy: Mapping[Site, float]
@@ -83,19 +85,20 @@ class Work:
                 raise InputError(f"fact {entry.id!r}: {where}; edit lower layers, or at prompt-last")
         kept = protected_rows(view, facts, editor.token, request, editor.amounts, draw)
         moments, source = _moments(editor, view, request, sites)
-        metrics, held, energy = _metrics(editor, view, sites, moments, kept)
+        metrics, beside, energy = _metrics(editor, view, sites, moments, kept)
         notes = {"prefixes": list(prefixes), "protected": dict(kept.counts)}
-        return cls(editor, view, facts, demands, Asked.of(demands, own, editor.ways), layers, metrics, held,
+        return cls(editor, view, facts, demands, Asked.of(demands, own, editor.ways), layers, kept, metrics, beside,
                    request.past, source, energy, notes)  # fmt: skip
 
     def solved(self) -> tuple[dict[Site, Delta], dict[str, Any]]:
         """The deltas, and what is worth knowing of them."""
         values = self._values()
-        goal = self._goal(values)
-        deltas: dict[Site, LowRank] = {}
-        for _ in progress.steps(range(self.editor.rounds), "rounds of layers"):
-            for order, layer in enumerate(self.layers):
-                self._layer(layer, self._share(order), goal, deltas)
+        deltas = self._once(values)
+        held = lost(self.view, self.kept, deltas) if self.editor.hold else Lost((), 0, 0)
+        if held.rows:
+            again = self._holding(held.rows)
+            values = again._values()
+            deltas = again._once(values)
         final, grown = limited(self.view, deltas, self.past, self.editor.growth)
         with as_if(self.view, final):
             said = chances(self.view, self.demands)
@@ -105,7 +108,25 @@ class Work:
             for index, fact in enumerate(self.facts)
         ]  # fmt: skip
         written = [self.asked.rows[row] for row in self.asked.first.tolist()]
-        return dict(final), {"facts": facts, "layers": grown, **self.notes, NOTE: note_of(written, self.layers)}
+        notes = {"held": {"named": held.named, "said": held.said}, **self.notes}
+        return dict(final), {"facts": facts, "layers": grown, **notes, NOTE: note_of(written, self.layers)}
+
+    def _once(self, values: Values) -> dict[Site, LowRank]:
+        """The change of each layer, lowest first."""
+        goal = self._goal(values)
+        deltas: dict[Site, LowRank] = {}
+        for _ in progress.steps(range(self.editor.rounds), "rounds of layers"):
+            for order, layer in enumerate(self.layers):
+                self._layer(layer, self._share(order), goal, deltas)
+        return deltas
+
+    def _holding(self, rows: Sequence[Row]) -> Work:
+        """The same, the keys at `rows` held besides."""
+        keys = read_at(self.view, list(self.metrics), rows)
+        metrics, beside = self.editor.holding(self.metrics, keys, self.editor.hold)
+        both = {site: torch.cat([self.beside[site], more], 1) if site in self.beside else more
+                for site, more in beside.items()}  # fmt: skip
+        return replace(self, metrics=metrics, beside={**self.beside, **both})
 
     def _share(self, order: int) -> float:
         left = len(self.layers) - order
@@ -163,7 +184,7 @@ class Work:
             refuse_alike(self.facts, self.asked.fact, keys, site)
         slack = self.editor.slack_of(keys)
         try:
-            pairs = insert_pairs(keys.T, missing.T, self.metrics[site], slack=slack, held=self.held.get(site))
+            pairs = insert_pairs(keys.T, missing.T, self.metrics[site], slack=slack, held=self.beside.get(site))
         except InputError as error:
             raise InputError(f"{site}: {error}") from None
         delta = rounded(pairs, keys.T)
@@ -198,7 +219,7 @@ def _moments(
 def _metrics(
     editor: BatchEditor, view: ModelView, sites: Sequence[Site], moments: Mapping[Site, Tensor], kept: Protected
 ) -> tuple[dict[Site, Metric], dict[Site, Tensor], dict[Site, float]]:
-    """What is cheap at each site, keys whose outputs should not move at all, and mean ‖output‖² over what stays."""
+    """What is cheap at each site, keys that stand beside those asked for, and mean ‖output‖² over what stays."""
     total = dict(moments)
     for rows, weight in ((kept.named, editor.protect), (kept.said, editor.replay)):
         if rows and weight:
@@ -208,4 +229,4 @@ def _metrics(
     metrics = {site: editor.metric(moment) for site, moment in total.items()}
     weights = {site: view.weight(site).detach().to("cpu", torch.float64) for site in sites}
     energy = {site: float(((weights[site] @ total[site]) * weights[site]).sum()) for site in sites}
-    return *editor.with_past(metrics, past), energy
+    return *editor.holding(metrics, past, editor.past_weight), energy

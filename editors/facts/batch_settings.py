@@ -52,6 +52,8 @@ class BatchEditor:
         sentences: how many sentences the model writes.
         sentence_length: of them, in tokens.
         past_weight: weight of each key of edits already made, in shares of an average token of text.
+        hold: weight of each protected key whose answer the edit would change, in shares of an average token of text:
+            the edit is tried first, and made again with these held; 0 does not look.
         growth: an edit that would make a map's change (edits already made included) larger than this share of its
             norm is scaled down to it, and says so; None for no limit.
         prefixes: texts instead of the model's own; () for none.
@@ -83,6 +85,7 @@ class BatchEditor:
     sentences: int = 1200
     sentence_length: int = 16
     past_weight: float = 1.0
+    hold: float = 1.0
     growth: float | None = None
     prefixes: tuple[str, ...] | None = None
     moment: Any = None
@@ -97,18 +100,22 @@ class BatchEditor:
         """What a miss of these keys `[n, f]` may cost."""
         raise NotImplementedError
 
-    def with_past(
-        self, metrics: Mapping[Site, Metric], past: Mapping[Site, Tensor]
+    def holding(
+        self, metrics: Mapping[Site, Metric], keys: Mapping[Site, Tensor], weight: float
     ) -> tuple[dict[Site, Metric], dict[Site, Tensor]]:
-        """The metrics with the keys `[m, f]` of edits already made, and the keys that are to be held outright."""
-        held = {site: keys.T * self.past_weight**0.5 for site, keys in past.items()}
-        found = dict(metrics)
-        for site, keys in held.items():
+        """The metrics with `weight` on each of `keys` `[m, f]`, and the keys that stand beside those asked for instead.
+
+        Weights are in shares of an average token of text; beside the keys asked for, in shares of one of these.
+        """
+        found, beside = dict(metrics), {}
+        for site, rows in keys.items():
             metric = found[site]
             if isinstance(metric, Factor):
                 # An average token of text weighs k C⁻¹ k = f in all, one of m keys as much as its share of a mean.
-                found[site] = metric.holding(keys, 1 / len(keys))
-        return found, {site: keys for site, keys in held.items() if not isinstance(found[site], Factor)}
+                found[site] = metric.holding(rows.T, weight / rows.shape[1])
+            else:
+                beside[site] = rows.T * weight**0.5
+        return found, beside
 
     @property
     def descent(self) -> Descent:
@@ -134,7 +141,7 @@ class BatchEditor:
         """
         least = {"damping": 0, "rounds": 1, "steps": 1, "pace": 0, "clamp": 0, "weight_decay": 0,
                  "kl_weight": 0, "samples": 0, "namesakes": 0, "protect": 0, "replay": 0, "sentences": 0,
-                 "sentence_length": 2, "recalls": 0, "past_weight": 0, "top_k": 1}  # fmt: skip
+                 "sentence_length": 2, "recalls": 0, "past_weight": 0, "hold": 0, "top_k": 1}  # fmt: skip
         for name, value in least.items():
             if getattr(self, name) < value:
                 raise InputError(f"{self.name}: {name} is {getattr(self, name)}, expected {value} or more")

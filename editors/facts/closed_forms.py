@@ -170,7 +170,7 @@ def insert_pairs(
     if asked.ndim != 2 or wanted.ndim != 2 or asked.shape[1] != wanted.shape[1]:
         raise InputError(f"keys {list(keys.shape)}, missing {list(missing.shape)}; expected [f, n] and [d, n]")
     count = asked.shape[1]
-    every = asked if held is None else torch.cat([asked, held.detach().to("cpu", torch.float64)], 1)
+    every = asked if held is None else torch.cat([asked, _compressed(held.detach().to("cpu", torch.float64))], 1)
     cheap = metric.solve(every)
     inner = every.T @ cheap
     inner = (inner + inner.T) / 2 + slack * torch.eye(len(inner), dtype=torch.float64)
@@ -181,6 +181,16 @@ def insert_pairs(
                          "met; give slack, or fewer facts")  # fmt: skip
     chosen = torch.eye(len(inner), dtype=torch.float64)[:, :count]
     return Pairs(wanted, torch.cholesky_solve(chosen, lower).T @ cheap.T)
+
+
+def _compressed(keys: Tensor) -> Tensor:
+    """Columns with the same K Kᵀ, all that keys held at 0 count for: at most f of them."""
+    if keys.shape[1] <= len(keys):
+        return keys
+    values, vectors = torch.linalg.eigh(keys @ keys.T)
+    clear = values > TINY * values[-1]
+    found: Tensor = vectors[:, clear] * values[clear].sqrt()
+    return found
 
 
 def charge(keys: Tensor, metric: Metric, slack: float = 0.0) -> Tensor:
