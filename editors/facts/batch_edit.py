@@ -17,37 +17,25 @@ from torch import Tensor
 from editors.base import Request
 from editors.deltas import Delta, LowRank, add
 from editors.edit import Edit
-from editors.facts.asked import Asked, demands_of
+from editors.facts.asked import Asked
 from editors.facts.batch_settings import BatchEditor
 from editors.facts.closed_forms import Metric, charge, insert_pairs, rounded
-from editors.facts.conflicts import refuse_alike, refuse_same
-from editors.facts.contexts import Demand, Row, check_context, sample_prefixes
+from editors.facts.conflicts import refuse_alike
+from editors.facts.contexts import Demand, Row
+from editors.facts.ground import Ground, refuse_unheard
 from editors.facts.growth import limited
 from editors.facts.held import Lost, lost
 from editors.facts.joint_values import optimise_jointly
 from editors.facts.keys_values import Values, chances, read_at, read_blocks_at, stream_norm
-from editors.facts.protected import NOTE, Protected, note_of, protected_rows, second_moment_at
+from editors.facts.moments_given import moments_of
+from editors.facts.protected import NOTE, Protected, note_of
 from editors.hook_form import as_if
 from memloc import progress
 from memloc.errors import InputError
-from memloc.moments import Moments, second_moments
+from memloc.moments import Moments
 from memloc.passages import Facts
-from memloc.provenance import Provenance, settings_of
 from memloc.sites import Kind, Site
 from memloc.view import ModelView
-
-
-def edited(editor: BatchEditor, view: ModelView, request: Request) -> Edit:
-    """The edit that makes all of the request's facts so; the model is as it was, to the bit."""
-    view.need_causal("the method lives on what a token cannot hear")
-    facts = request.need_facts()
-    editor.check()
-    refuse_same(facts)
-    work = Work.of(editor, view, request, facts)
-    deltas, notes = work.solved()
-    settings = {**settings_of(editor), "moment": work.source if editor.moment is not None else None}
-    made = Provenance(editor.name, settings, request.seed, {**request.inputs(view), "moment": work.source})
-    return Edit.of(view, deltas, made, notes=notes)
 
 
 @dataclass(frozen=True)
@@ -64,31 +52,33 @@ class Work:
     metrics: Mapping[Site, Metric]
     beside: Mapping[Site, Tensor]
     past: tuple[Edit, ...]
-    source: str
     energy: Mapping[Site, float]
     notes: dict[str, Any] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, editor: BatchEditor, view: ModelView, request: Request, facts: Facts) -> Work:
-        """With everything that is read from the model as it is."""
+    def of(
+        cls, editor: BatchEditor, view: ModelView, request: Request, facts: Facts, moments: Moments | None = None
+    ) -> Work:
+        """With everything that is read from the model as it is.
+
+        Raises:
+            InputError: a fact that does not fit or cannot be reached; neither text nor moments.
+        """
         layers = editor.layers_of(view)
-        sites = [Site(layer, Kind.MLP_OUT) for layer in layers]
-        draw = torch.Generator().manual_seed(request.seed)
-        prefixes = editor.prefixes
-        if prefixes is None:
-            prefixes = sample_prefixes(view, editor.lengths, editor.samples, draw, top_k=editor.top_k)
-        demands, own = demands_of(editor, view, facts, prefixes, draw)
-        check_context(demands, view.context)
-        for entry in demands:
-            if layers[-1] == view.layers - 1 and all(row.at < len(row.ids) - 1 for row in entry.prompts):
-                where = "what the last block puts out at the subject reaches no later token"
-                raise InputError(f"fact {entry.id!r}: {where}; edit lower layers, or at prompt-last")
-        kept = protected_rows(view, facts, editor.token, request, editor.amounts, draw)
-        moments, source = _moments(editor, view, request, sites)
-        metrics, beside, energy = _metrics(editor, view, sites, moments, kept)
-        notes = {"prefixes": list(prefixes), "protected": dict(kept.counts)}
-        return cls(editor, view, facts, demands, Asked.of(demands, own, editor.ways), layers, kept, metrics, beside,
-                   request.past, source, energy, notes)  # fmt: skip
+        refuse_unheard(view, facts, editor.place, layers)
+        if moments is None:
+            sites = [Site(layer, Kind.MLP_OUT) for layer in layers]
+            moments = moments_of(editor.name, editor.moment, view, request, sites)
+        return cls.on(Ground.of(editor, view, request, facts, moments), layers)
+
+    @classmethod
+    def on(cls, ground: Ground, layers: tuple[int, ...]) -> Work:
+        """Work at `layers`, with what stands in `ground` for the token it was laid at."""
+        stays = ground.stays([Site(layer, Kind.MLP_OUT) for layer in layers])
+        asked = Asked.of(ground.demands, ground.own, ground.editor.ways)
+        notes = {"prefixes": list(ground.prefixes), "protected": dict(ground.kept.counts)}
+        return cls(ground.editor, ground.view, ground.facts, ground.demands, asked, layers, ground.kept,
+                   stays.metrics, stays.beside, ground.past, stays.energy, notes)  # fmt: skip
 
     def solved(self) -> tuple[dict[Site, Delta], dict[str, Any]]:
         """The deltas, and what is worth knowing of them."""
@@ -201,32 +191,3 @@ class Work:
         written = read_at(self.view, [site], self._first, side="output")[site]
         gain = self._added(site, torch.ones(1, written.shape[1]))
         return missing * written.pow(2).mean(1, keepdim=True).sqrt() / gain
-
-
-def _moments(
-    editor: BatchEditor, view: ModelView, request: Request, sites: Sequence[Site]
-) -> tuple[Mapping[Site, Tensor], str]:
-    if editor.moment is not None:
-        found = editor.moment if isinstance(editor.moment, Moments) else Moments.load(editor.moment)
-    elif request.text:
-        found = second_moments(view, request.text, sites)
-    else:
-        needs = "needs ordinary text, to know what to leave alone, or second moments; found neither"
-        raise InputError(f"{editor.name} {needs}")
-    return {site: found.mean(site) for site in sites}, found.digest
-
-
-def _metrics(
-    editor: BatchEditor, view: ModelView, sites: Sequence[Site], moments: Mapping[Site, Tensor], kept: Protected
-) -> tuple[dict[Site, Metric], dict[Site, Tensor], dict[Site, float]]:
-    """What is cheap at each site, keys that stand beside those asked for, and mean ‖output‖² over what stays."""
-    total = dict(moments)
-    for rows, weight in ((kept.named, editor.protect), (kept.said, editor.replay)):
-        if rows and weight:
-            more = second_moment_at(view, sites, rows)
-            total = {site: moment + weight * more[site] for site, moment in total.items()}
-    past = read_at(view, sites, kept.past) if kept.past and editor.past_weight else {}
-    metrics = {site: editor.metric(moment) for site, moment in total.items()}
-    weights = {site: view.weight(site).detach().to("cpu", torch.float64) for site in sites}
-    energy = {site: float(((weights[site] @ total[site]) * weights[site]).sum()) for site in sites}
-    return *editor.holding(metrics, past, editor.past_weight), energy

@@ -26,7 +26,9 @@ class BatchEditor:
     Attributes:
         layers: blocks whose MLPs are changed, upwards; () for those between `depths`.
         depths: relative depths (0 the first block, 1 the last) between which blocks are changed.
-        token: where to edit: the subject's last token, or the prompt's.
+        measured: choose the blocks instead by trying ranges of them on some of the facts (`editors.facts.layer_trial`).
+        trials: on how many facts, drawn by the seed.
+        token: where to edit: the subject's last token, the prompt's, or whichever measures best on these facts.
         spread: what share of what is missing each layer brings: 1/(layers left) ("even", MEMIT), 1/√ of that ("sqrt",
             PMET), half at the first and the rest at the last and nothing between ("first-last", BLUE), all at the last.
         rounds: how often the layers are gone through; what a round left missing is asked for in the next. The rank
@@ -62,7 +64,9 @@ class BatchEditor:
 
     layers: tuple[int, ...] = ()
     depths: tuple[float, ...] = (0.3, 1.0)
-    token: Token = "prompt-last"
+    measured: bool = False
+    trials: int = 6
+    token: Literal["subject-last", "prompt-last", "measured"] = "prompt-last"
     spread: Spread = "even"
     rounds: int = 1
     ways: Literal["each", "mean"] = "each"
@@ -118,6 +122,13 @@ class BatchEditor:
         return found, beside
 
     @property
+    def place(self) -> Token:
+        """Where to edit, once that is known."""
+        if self.token == "measured":
+            raise InputError(f"{self.name}: the token is to be measured, and was not yet; name it")
+        return self.token
+
+    @property
     def descent(self) -> Descent:
         """The settings of the search for values."""
         return Descent.of(self)
@@ -139,7 +150,7 @@ class BatchEditor:
         Raises:
             InputError: names the setting, what it is and what is expected.
         """
-        least = {"damping": 0, "rounds": 1, "steps": 1, "pace": 0, "clamp": 0, "weight_decay": 0,
+        least = {"damping": 0, "trials": 1, "rounds": 1, "steps": 1, "pace": 0, "clamp": 0, "weight_decay": 0,
                  "kl_weight": 0, "samples": 0, "namesakes": 0, "protect": 0, "replay": 0, "sentences": 0,
                  "sentence_length": 2, "recalls": 0, "past_weight": 0, "hold": 0, "top_k": 1}  # fmt: skip
         for name, value in least.items():
@@ -149,6 +160,8 @@ class BatchEditor:
             raise InputError(f"{self.name}: lr is {self.lr}, expected 0 or more, or none for steps of pace")
         if self.growth is not None and self.growth <= 0:
             raise InputError(f"{self.name}: growth is {self.growth}, expected above 0, or none")
+        if self.measured and self.layers:
+            raise InputError(f"{self.name}: layers are {self.layers} and are to be measured; leave out one of the two")
         if len(self.depths) != 2 or not 0 <= self.depths[0] <= self.depths[1] <= 1:
             raise InputError(f"{self.name}: depths are {self.depths}, expected two between 0 and 1, the lower first")
 

@@ -6,8 +6,8 @@ itself (`own_sentences`); both stand in for the facts nobody lists. Ours.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -42,6 +42,11 @@ class Protected:
     said: tuple[Row, ...] = ()
     past: tuple[Row, ...] = ()
     counts: Mapping[str, int] = field(default_factory=dict)
+
+    def without(self, rows: Collection[Row]) -> Protected:
+        """The same with these not among the named ones."""
+        left = [(row, at) for row, at in zip(self.named, self.asked, strict=True) if row not in rows]
+        return replace(self, named=tuple(row for row, _ in left), asked=tuple(at for _, at in left))
 
 
 class Amounts(NamedTuple):
