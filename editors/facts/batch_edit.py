@@ -24,7 +24,7 @@ from editors.facts.conflicts import refuse_alike
 from editors.facts.contexts import Demand, Row
 from editors.facts.ground import Ground, refuse_unheard
 from editors.facts.growth import limited
-from editors.facts.held import Lost, lost
+from editors.facts.held import Lost, Watch
 from editors.facts.joint_values import optimise_jointly
 from editors.facts.keys_values import Values, chances, read_at, read_blocks_at, stream_norm
 from editors.facts.moments_given import moments_of
@@ -36,6 +36,9 @@ from memloc.moments import Moments
 from memloc.passages import Facts
 from memloc.sites import Kind, Site
 from memloc.view import ModelView
+
+STRICTER = 10.0
+"""By how much less a miss may cost of a fact that a pass has missed."""
 
 
 @dataclass(frozen=True)
@@ -53,6 +56,8 @@ class Work:
     beside: Mapping[Site, Tensor]
     past: tuple[Edit, ...]
     energy: Mapping[Site, float]
+    strict: Tensor
+    held: frozenset[Row] = frozenset()
     notes: dict[str, Any] = field(default_factory=dict)
 
     @classmethod
@@ -78,17 +83,22 @@ class Work:
         asked = Asked.of(ground.demands, ground.own, ground.editor.ways)
         notes = {"prefixes": list(ground.prefixes), "protected": dict(ground.kept.counts)}
         return cls(ground.editor, ground.view, ground.facts, ground.demands, asked, layers, ground.kept,
-                   stays.metrics, stays.beside, ground.past, stays.energy, notes)  # fmt: skip
+                   stays.metrics, stays.beside, ground.past, stays.energy,
+                   strict=torch.ones(len(asked.mean), dtype=torch.float64), notes=notes)  # fmt: skip
 
     def solved(self) -> tuple[dict[Site, Delta], dict[str, Any]]:
         """The deltas, and what is worth knowing of them."""
-        values = self._values()
-        deltas = self._once(values)
-        held = lost(self.view, self.kept, deltas) if self.editor.hold else Lost((), 0, 0)
-        if held.rows:
-            again = self._holding(held.rows)
-            values = again._values()
-            deltas = again._once(values)
+        work, watch, seen = self, Watch.of(self.view, self.kept, self.demands), []
+        values = work._values()
+        deltas = work._once(values)
+        for _ in range(1, self.editor.passes):
+            lost, missed = watch.lost(deltas), watch.missed(deltas)
+            seen.append({"lost": len(lost.named), "lost own": len(lost.said), "missed": len(missed)})
+            again = work._pressed(lost, missed)
+            if again is work:
+                break
+            work, values = again, again._values()
+            deltas = work._once(values)
         final, grown = limited(self.view, deltas, self.past, self.editor.growth)
         with as_if(self.view, final):
             said = chances(self.view, self.demands)
@@ -98,7 +108,7 @@ class Work:
             for index, fact in enumerate(self.facts)
         ]  # fmt: skip
         written = [self.asked.rows[row] for row in self.asked.first.tolist()]
-        notes = {"held": {"named": held.named, "said": held.said}, **self.notes}
+        notes = {"passes": seen, **self.notes}
         return dict(final), {"facts": facts, "layers": grown, **notes, NOTE: note_of(written, self.layers)}
 
     def _once(self, values: Values) -> dict[Site, LowRank]:
@@ -110,13 +120,25 @@ class Work:
                 self._layer(layer, self._share(order), goal, deltas)
         return deltas
 
-    def _holding(self, rows: Sequence[Row]) -> Work:
-        """The same, the keys at `rows` held besides."""
-        keys = read_at(self.view, list(self.metrics), rows)
-        metrics, beside = self.editor.holding(self.metrics, keys, self.editor.hold)
+    def _pressed(self, lost: Lost, missed: Sequence[int]) -> Work:
+        """The same with what was lost held besides, and what was missed asked for more strictly; itself if nothing."""
+        work = self._holding(lost.named, self.editor.hold)._holding(lost.said, self.editor.hold_own)
+        if not missed:
+            return work
+        again = torch.isin(self.asked.fact, torch.tensor(missed))
+        return replace(work, strict=torch.where(again, self.strict * STRICTER, self.strict))
+
+    def _holding(self, rows: Sequence[Row], weight: float) -> Work:
+        """The same, the keys at `rows` held besides, but for those that are."""
+        fresh = [row for row in rows if row not in self.held]
+        if not fresh or not weight:
+            return self
+        keys = read_at(self.view, list(self.metrics), fresh)
+        metrics, beside = self.editor.holding(self.metrics, keys, weight)
         both = {site: torch.cat([self.beside[site], more], 1) if site in self.beside else more
                 for site, more in beside.items()}  # fmt: skip
-        return replace(self, metrics=metrics, beside={**self.beside, **both})
+        held = self.held | frozenset(fresh)
+        return replace(self, metrics=metrics, beside={**self.beside, **both}, held=held)
 
     def _share(self, order: int) -> float:
         left = len(self.layers) - order
@@ -142,7 +164,11 @@ class Work:
             part = left * self._share(order)
             left -= part
             keys = self.asked.mean @ read[site]
-            total += part**2 * charge(keys.T, self.metrics[site], self.editor.slack_of(keys)) / self.energy[site]
+            total += (
+                part**2
+                * charge(keys.T, self.metrics[site], self.editor.slack_of(keys) / self.strict)
+                / self.energy[site]
+            )
         return self.editor.price * total
 
     def _goal(self, values: Values) -> Tensor:
@@ -172,7 +198,7 @@ class Work:
             missing = self._as_output(site, missing)
         if layer == top:
             refuse_alike(self.facts, self.asked.fact, keys, site)
-        slack = self.editor.slack_of(keys)
+        slack = self.editor.slack_of(keys) / self.strict
         try:
             pairs = insert_pairs(keys.T, missing.T, self.metrics[site], slack=slack, held=self.beside.get(site))
         except InputError as error:

@@ -54,8 +54,10 @@ class BatchEditor:
         sentences: how many sentences the model writes.
         sentence_length: of them, in tokens.
         past_weight: weight of each key of edits already made, in shares of an average token of text.
-        hold: weight of each protected key whose answer the edit would change, in shares of an average token of text:
-            the edit is tried first, and made again with these held; 0 does not look.
+        passes: how often the edit is made: each time it is tried first, what it would change against its will is held,
+            and facts that it misses are demanded more strictly; 1 takes the first as it is.
+        hold: weight of each named key, or namesake's, whose answer would change, in shares of an average token of text.
+        hold_own: and of each such token of the model's own sentences.
         growth: an edit that would make a map's change (edits already made included) larger than this share of its
             norm is scaled down to it, and says so; None for no limit.
         prefixes: texts instead of the model's own; () for none.
@@ -89,7 +91,9 @@ class BatchEditor:
     sentences: int = 1200
     sentence_length: int = 16
     past_weight: float = 1.0
+    passes: int = 3
     hold: float = 1.0
+    hold_own: float = 0.3
     growth: float | None = None
     prefixes: tuple[str, ...] | None = None
     moment: Any = None
@@ -152,7 +156,8 @@ class BatchEditor:
         """
         least = {"damping": 0, "trials": 1, "rounds": 1, "steps": 1, "pace": 0, "clamp": 0, "weight_decay": 0,
                  "kl_weight": 0, "samples": 0, "namesakes": 0, "protect": 0, "replay": 0, "sentences": 0,
-                 "sentence_length": 2, "recalls": 0, "past_weight": 0, "hold": 0, "top_k": 1}  # fmt: skip
+                 "sentence_length": 2, "recalls": 0, "past_weight": 0, "passes": 1, "hold": 0,
+                 "hold_own": 0, "top_k": 1}  # fmt: skip
         for name, value in least.items():
             if getattr(self, name) < value:
                 raise InputError(f"{self.name}: {name} is {getattr(self, name)}, expected {value} or more")
