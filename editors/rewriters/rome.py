@@ -247,7 +247,7 @@ class _Work:
         """With what the model says about others and about the fact itself, as it is now."""
         draw = torch.Generator().manual_seed(request.seed)
         others = namesakes(view, fact.prompt, rome.namesakes, draw, top_k=2 * rome.top_k)
-        ways = recalls(view, fact, rome.recalls, draw, top_k=2 * rome.top_k)
+        ways = recalls(view, [fact], rome.recalls, draw, top_k=2 * rome.top_k)[0]
         return cls(rome, view, fact, request=request, others=others, ways=ways, **shared)
 
     def named(self, token: Token) -> tuple[Row, ...]:
