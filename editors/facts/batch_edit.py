@@ -7,7 +7,7 @@ those above are worked out; no weight is written.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -24,10 +24,11 @@ from editors.facts.conflicts import refuse_alike
 from editors.facts.contexts import Demand, Row
 from editors.facts.ground import Ground, refuse_unheard
 from editors.facts.growth import limited
+from editors.facts.held import Lost, Watch
 from editors.facts.joint_values import optimise_jointly
 from editors.facts.keys_values import Values, chances, read_at, read_blocks_at, stream_norm
 from editors.facts.moments_given import moments_of
-from editors.facts.protected import NOTE, note_of
+from editors.facts.protected import NOTE, Protected, note_of
 from editors.hook_form import as_if
 from memloc import progress
 from memloc.errors import InputError
@@ -35,6 +36,9 @@ from memloc.moments import Moments
 from memloc.passages import Facts
 from memloc.sites import Kind, Site
 from memloc.view import ModelView
+
+STRICTER = 10.0
+"""By how much less a miss may cost of a fact that a pass has missed."""
 
 
 @dataclass(frozen=True)
@@ -47,10 +51,13 @@ class Work:
     demands: tuple[Demand, ...]
     asked: Asked
     layers: tuple[int, ...]
+    kept: Protected
     metrics: Mapping[Site, Metric]
-    held: Mapping[Site, Tensor]
+    beside: Mapping[Site, Tensor]
     past: tuple[Edit, ...]
     energy: Mapping[Site, float]
+    strict: Tensor
+    held: frozenset[Row] = frozenset()
     notes: dict[str, Any] = field(default_factory=dict)
 
     @classmethod
@@ -75,17 +82,23 @@ class Work:
         stays = ground.stays([Site(layer, Kind.MLP_OUT) for layer in layers])
         asked = Asked.of(ground.demands, ground.own, ground.editor.ways)
         notes = {"prefixes": list(ground.prefixes), "protected": dict(ground.kept.counts)}
-        return cls(ground.editor, ground.view, ground.facts, ground.demands, asked, layers, stays.metrics,
-                   stays.held, ground.past, stays.energy, notes)  # fmt: skip
+        return cls(ground.editor, ground.view, ground.facts, ground.demands, asked, layers, ground.kept,
+                   stays.metrics, stays.beside, ground.past, stays.energy,
+                   strict=torch.ones(len(asked.mean), dtype=torch.float64), notes=notes)  # fmt: skip
 
     def solved(self) -> tuple[dict[Site, Delta], dict[str, Any]]:
         """The deltas, and what is worth knowing of them."""
-        values = self._values()
-        goal = self._goal(values)
-        deltas: dict[Site, LowRank] = {}
-        for _ in progress.steps(range(self.editor.rounds), "rounds of layers"):
-            for order, layer in enumerate(self.layers):
-                self._layer(layer, self._share(order), goal, deltas)
+        work, watch, seen = self, Watch.of(self.view, self.kept, self.demands), []
+        values = work._values()
+        deltas = work._once(values)
+        for _ in range(1, self.editor.passes):
+            lost, missed = watch.lost(deltas), watch.missed(deltas)
+            seen.append({"lost": len(lost.named), "lost own": len(lost.said), "missed": len(missed)})
+            again = work._pressed(lost, missed)
+            if again is work:
+                break
+            work, values = again, again._values()
+            deltas = work._once(values)
         final, grown = limited(self.view, deltas, self.past, self.editor.growth)
         with as_if(self.view, final):
             said = chances(self.view, self.demands)
@@ -95,7 +108,37 @@ class Work:
             for index, fact in enumerate(self.facts)
         ]  # fmt: skip
         written = [self.asked.rows[row] for row in self.asked.first.tolist()]
-        return dict(final), {"facts": facts, "layers": grown, **self.notes, NOTE: note_of(written, self.layers)}
+        notes = {"passes": seen, **self.notes}
+        return dict(final), {"facts": facts, "layers": grown, **notes, NOTE: note_of(written, self.layers)}
+
+    def _once(self, values: Values) -> dict[Site, LowRank]:
+        """The change of each layer, lowest first."""
+        goal = self._goal(values)
+        deltas: dict[Site, LowRank] = {}
+        for _ in progress.steps(range(self.editor.rounds), "rounds of layers"):
+            for order, layer in enumerate(self.layers):
+                self._layer(layer, self._share(order), goal, deltas)
+        return deltas
+
+    def _pressed(self, lost: Lost, missed: Sequence[int]) -> Work:
+        """The same with what was lost held besides, and what was missed asked for more strictly; itself if nothing."""
+        work = self._holding(lost.named, self.editor.hold)._holding(lost.said, self.editor.hold_own)
+        if not missed:
+            return work
+        again = torch.isin(self.asked.fact, torch.tensor(missed))
+        return replace(work, strict=torch.where(again, self.strict * STRICTER, self.strict))
+
+    def _holding(self, rows: Sequence[Row], weight: float) -> Work:
+        """The same, the keys at `rows` held besides, but for those that are."""
+        fresh = [row for row in rows if row not in self.held]
+        if not fresh or not weight:
+            return self
+        keys = read_at(self.view, list(self.metrics), fresh)
+        metrics, beside = self.editor.holding(self.metrics, keys, weight)
+        both = {site: torch.cat([self.beside[site], more], 1) if site in self.beside else more
+                for site, more in beside.items()}  # fmt: skip
+        held = self.held | frozenset(fresh)
+        return replace(self, metrics=metrics, beside={**self.beside, **both}, held=held)
 
     def _share(self, order: int) -> float:
         left = len(self.layers) - order
@@ -121,7 +164,11 @@ class Work:
             part = left * self._share(order)
             left -= part
             keys = self.asked.mean @ read[site]
-            total += part**2 * charge(keys.T, self.metrics[site], self.editor.slack_of(keys)) / self.energy[site]
+            total += (
+                part**2
+                * charge(keys.T, self.metrics[site], self.editor.slack_of(keys) / self.strict)
+                / self.energy[site]
+            )
         return self.editor.price * total
 
     def _goal(self, values: Values) -> Tensor:
@@ -151,9 +198,9 @@ class Work:
             missing = self._as_output(site, missing)
         if layer == top:
             refuse_alike(self.facts, self.asked.fact, keys, site)
-        slack = self.editor.slack_of(keys)
+        slack = self.editor.slack_of(keys) / self.strict
         try:
-            pairs = insert_pairs(keys.T, missing.T, self.metrics[site], slack=slack, held=self.held.get(site))
+            pairs = insert_pairs(keys.T, missing.T, self.metrics[site], slack=slack, held=self.beside.get(site))
         except InputError as error:
             raise InputError(f"{site}: {error}") from None
         delta = rounded(pairs, keys.T)

@@ -39,6 +39,10 @@ class BatchEditor(FactEditor):
         ways: the model's own ways to a fact (`recalls`) get a key each ("each"), or are averaged into one ("mean").
         price: weight of the drift that the closed form will charge for the values (of what should stay, in shares of
             the maps' outputs) in the search for them, all facts together; 0 searches for each by itself, as published.
+        passes: how often the edit is made: each time it is tried first, what it would change against its will is held,
+            and facts that it misses are demanded more strictly; 1 takes the first as it is.
+        hold: weight of each named key, or namesake's, whose answer would change, in shares of an average token of text.
+        hold_own: and of each such token of the model's own sentences.
         growth: an edit that would make a map's change (edits already made included) larger than this share of its
             norm is scaled down to it, and says so; None for no limit.
     """
@@ -52,10 +56,15 @@ class BatchEditor(FactEditor):
     rounds: int = 1
     ways: Literal["each", "mean"] = "each"
     price: float = 10.0
+    passes: int = 3
+    hold: float = 1.0
+    hold_own: float = 0.3
     growth: float | None = None
     moment: Moments | Path | str | None = None
 
-    least: ClassVar[Mapping[str, float]] = {**FactEditor.least, "rounds": 1, "trials": 1}
+    least: ClassVar[Mapping[str, float]] = {
+        **FactEditor.least, "rounds": 1, "trials": 1, "passes": 1, "hold": 0, "hold_own": 0,
+    }  # fmt: skip
 
     def metric(self, moment: Tensor) -> Metric:
         """Which directions of a map's input are cheap, from what should stay."""
@@ -65,18 +74,22 @@ class BatchEditor(FactEditor):
         """What a miss of these keys `[n, f]` may cost."""
         raise NotImplementedError
 
-    def with_past(
-        self, metrics: Mapping[Site, Metric], past: Mapping[Site, Tensor]
+    def holding(
+        self, metrics: Mapping[Site, Metric], keys: Mapping[Site, Tensor], weight: float
     ) -> tuple[dict[Site, Metric], dict[Site, Tensor]]:
-        """The metrics with the keys `[m, f]` of edits already made, and the keys that are to be held outright."""
-        held = {site: keys.T * self.past_weight**0.5 for site, keys in past.items()}
-        found = dict(metrics)
-        for site, keys in held.items():
+        """The metrics with `weight` on each of `keys` `[m, f]`, and the keys that stand beside those asked for instead.
+
+        Weights are in shares of an average token of text; beside the keys asked for, in shares of one of these.
+        """
+        found, beside = dict(metrics), {}
+        for site, rows in keys.items():
             metric = found[site]
             if isinstance(metric, Factor):
                 # An average token of text weighs k C⁻¹ k = f in all, one of m keys as much as its share of a mean.
-                found[site] = metric.holding(keys, 1 / len(keys))
-        return found, {site: keys for site, keys in held.items() if not isinstance(found[site], Factor)}
+                found[site] = metric.holding(rows.T, weight / rows.shape[1])
+            else:
+                beside[site] = rows.T * weight**0.5
+        return found, beside
 
     @property
     def place(self) -> Token:

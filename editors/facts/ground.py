@@ -29,12 +29,12 @@ class Stays(NamedTuple):
 
     Attributes:
         metrics: which directions are cheap.
-        held: keys whose outputs should not move at all.
+        beside: keys that should stay and stand beside those asked for.
         energy: mean ‖output‖² over what should stay.
     """
 
     metrics: Mapping[Site, Metric]
-    held: Mapping[Site, Tensor]
+    beside: Mapping[Site, Tensor]
     energy: Mapping[Site, float]
 
 
@@ -91,7 +91,7 @@ class Ground:
             ways = tuple(row for row in entry.prompts[first:] if row not in rows)
             demands.append(replace(entry, prompts=entry.prompts[:first] + ways))
             own.append(len(ways))
-        kept = replace(self.kept, named=tuple(row for row in self.kept.named if row not in rows))
+        kept = self.kept.without(rows)
         return replace(self, demands=tuple(demands), own=tuple(own), kept=kept, known={})
 
     def ways(self) -> list[tuple[Row, ...]]:
@@ -108,8 +108,8 @@ class Ground:
         view, editor = self.view, self.editor
         self._learn([site for site in sites if site not in self.known])
         past = read_at(view, sites, self.kept.past) if self.kept.past and editor.past_weight else {}
-        metrics, held = editor.with_past({site: self.known[site][0] for site in sites}, past)
-        return Stays(metrics, held, {site: self.known[site][1] for site in sites})
+        metrics, beside = editor.holding({site: self.known[site][0] for site in sites}, past, editor.past_weight)
+        return Stays(metrics, beside, {site: self.known[site][1] for site in sites})
 
     def _learn(self, sites: Sequence[Site]) -> None:
         total = {site: self.moments.mean(site) for site in sites}

@@ -102,7 +102,7 @@ class Work:
         """With what the model says about others and about the fact itself, as it is now."""
         draw = torch.Generator().manual_seed(request.seed)
         others = namesakes(view, fact.prompt, editor.namesakes, draw, top_k=2 * editor.top_k)
-        ways = recalls(view, fact, editor.recalls, draw, top_k=2 * editor.top_k)
+        ways = recalls(view, [fact], editor.recalls, draw, top_k=2 * editor.top_k)[0]
         return cls(editor, view=view, fact=fact, request=request, others=others, ways=ways, **shared)
 
     def named(self, token: Token) -> tuple[Row, ...]:

@@ -32,7 +32,7 @@ RECORDS = [
     {"id": "c", "prompt": "the cat of {} sat on", "subject": "Ida Sol", "target": "the mat", "target_true": "Rome"},
 ]
 SMALL = {"namesakes": 0, "sentences": 8, "recalls": 0, "samples": 1, "steps": 12, "pace": 0.5, "clamp": 40.0,
-         "price": 1e-6, "trials": 2}  # fmt: skip
+         "price": 1e-6, "trials": 2, "passes": 1}  # fmt: skip
 MEASURED = {**SMALL, "measured": True, "token": "measured"}
 
 
@@ -85,9 +85,10 @@ def slowly_judged(view, edit, trial):
     return found
 
 
-@pytest.mark.parametrize("family", ["gpt2", "gemma2"])
-def test_the_best_candidate_is_chosen_as_whole_edits_show(family, tmp_path):
+@pytest.mark.parametrize("family, sure", [("gpt2", 2.0), ("gemma2", 0.0)])
+def test_the_best_candidate_is_chosen_as_whole_edits_show(family, sure, tmp_path, monkeypatch):
     """No namesake is protected here, so each candidate's edit is that of an editor told to edit there."""
+    monkeypatch.setattr(layer_trial, "SURE", sure)
     view = open_view(family)
     request = asked(view, read(tmp_path, view))
     with hands_off(view):
@@ -108,7 +109,7 @@ def test_the_best_candidate_is_chosen_as_whole_edits_show(family, tmp_path):
     for place in sorted(merits, key=lambda place: -sum(merits[place])):
         first, second = (mine - its for mine, its in zip(merits[place], merits[own], strict=True))
         # Of two differences the standard error is half of what they differ by.
-        if best is None and (place == own or (first + second) / 2 > 2 * abs(first - second) / 2):
+        if best is None and (place == own or (first + second) / 2 > sure * abs(first - second) / 2):
             best = place
     assert len(merits) >= 4 and best != own, "nothing was ahead of the first: the choice shows nothing"
     assert edit.notes["chosen"] == {"token": best[0], "layers": list(best[1])}
