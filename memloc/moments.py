@@ -220,7 +220,8 @@ def add_keys(total: Tensor, keys: Tensor) -> None:
     plain = keys.to(total.device, torch.float64 if wide else torch.float32)
     width = total.shape[0]
     step = max(BLOCK, -(-width // 8))
-    for rows in plain.split(ROWS):
+    for first in range(0, len(plain), ROWS):
+        rows = plain[first : first + ROWS]
         for start in range(0, width, step):
             end = min(start + step, width)
             total[:end, start:end] += rows[:, :end].T @ rows[:, start:end]

@@ -11,7 +11,6 @@ from torch import Tensor
 from editors.facts.batch_settings import BatchEditor
 from editors.facts.contexts import Demand, Row, demand, row_of
 from editors.facts.own_words import recalls, shared_ways
-from memloc import progress
 from memloc.passages import Facts
 from memloc.view import ModelView
 
@@ -75,12 +74,11 @@ def demands_of(
 ) -> tuple[tuple[Demand, ...], list[int]]:
     """The facts as rows, and how many of each one's rows are the model's own ways to it."""
     found, own = [], []
-    essence = editor.token == "subject-last" and editor.kl_weight > 0
-    ways = [recalls(view, fact, editor.recalls, draw, top_k=2 * editor.top_k)
-            for fact in progress.steps(facts, "ways to the facts")]  # fmt: skip
+    essence = editor.place == "subject-last" and editor.kl_weight > 0
+    ways = recalls(view, tuple(facts), editor.recalls, draw, top_k=2 * editor.top_k)
     for fact, mine in zip(facts, shared_ways(view, facts, ways, editor.recalls), strict=True):
-        asked = demand(fact, view.tokenizer, prefixes, editor.token, essence=essence)
-        rows = tuple(dict.fromkeys(row_of(prompt, editor.token) for prompt in mine))
+        asked = demand(fact, view.tokenizer, prefixes, editor.place, essence=essence)
+        rows = tuple(dict.fromkeys(row_of(prompt, editor.place) for prompt in mine))
         found.append(Demand(asked.id, asked.prompts + rows, asked.target, asked.essence))
         own.append(len(rows))
     return tuple(found), own

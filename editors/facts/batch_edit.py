@@ -18,36 +18,28 @@ from torch import Tensor
 from editors.base import Request
 from editors.deltas import Delta, LowRank, add
 from editors.edit import Edit
-from editors.facts.asked import Asked, demands_of
+from editors.facts.asked import Asked
 from editors.facts.batch_settings import BatchEditor
 from editors.facts.closed_forms import Metric, charge, insert_pairs, rounded
-from editors.facts.conflicts import refuse_alike, refuse_same
-from editors.facts.contexts import Demand, Row, check_context, sample_prefixes
+from editors.facts.conflicts import refuse_alike
+from editors.facts.contexts import Demand, Row
+from editors.facts.ground import Ground, refuse_unheard
 from editors.facts.growth import limited
+from editors.facts.held import Lost, Watch
 from editors.facts.joint_values import optimise_jointly
 from editors.facts.keys_values import Values, chances, read_at, read_blocks_at, stream_norm
-from editors.facts.protected import NOTE, Protected, note_of, protected_rows, second_moment_at
+from editors.facts.moments_given import moments_of
+from editors.facts.protected import NOTE, Protected, note_of
 from editors.hook_form import as_if
 from memloc import progress
 from memloc.errors import InputError
-from memloc.moments import Moments, second_moments
+from memloc.moments import Moments
 from memloc.passages import Facts
-from memloc.provenance import Provenance, settings_of
 from memloc.sites import Kind, Site
 from memloc.view import ModelView
 
-
-def edited(editor: BatchEditor, view: ModelView, request: Request) -> Edit:
-    """The edit that makes all of the request's facts so; the model is as it was, to the bit."""
-    view.need_causal("the method lives on what a token cannot hear")
-    facts = request.need_facts()
-    editor.check()
-    refuse_same(facts)
-    work = Work.of(editor, view, request, facts)
-    deltas, notes = work.solved()
-    settings = {**settings_of(editor), "moment": work.source if editor.moment is not None else None}
-    made = Provenance(editor.name, settings, request.seed, {**request.inputs(view), "moment": work.source})
-    return Edit.of(view, deltas, made, notes=notes)
+STRICTER = 10.0
+"""By how much less a miss may cost of a fact that a pass has missed."""
 
 
 @dataclass(frozen=True)
@@ -60,43 +52,54 @@ class Work:
     demands: tuple[Demand, ...]
     asked: Asked
     layers: tuple[int, ...]
+    kept: Protected
     metrics: Mapping[Site, Metric]
-    held: Mapping[Site, Tensor]
+    beside: Mapping[Site, Tensor]
     past: tuple[Edit, ...]
-    source: str
     energy: Mapping[Site, float]
+    strict: Tensor
+    held: frozenset[Row] = frozenset()
     notes: dict[str, Any] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, editor: BatchEditor, view: ModelView, request: Request, facts: Facts) -> Work:
-        """With everything that is read from the model as it is."""
+    def of(
+        cls, editor: BatchEditor, view: ModelView, request: Request, facts: Facts, moments: Moments | None = None
+    ) -> Work:
+        """With everything that is read from the model as it is.
+
+        Raises:
+            InputError: a fact that does not fit or cannot be reached; neither text nor moments.
+        """
         layers = editor.layers_of(view)
-        sites = [Site(layer, Kind.MLP_OUT) for layer in layers]
-        draw = torch.Generator().manual_seed(request.seed)
-        prefixes = editor.prefixes
-        if prefixes is None:
-            prefixes = sample_prefixes(view, editor.lengths, editor.samples, draw, top_k=editor.top_k)
-        demands, own = demands_of(editor, view, facts, prefixes, draw)
-        check_context(demands, view.context)
-        for entry in demands:
-            if layers[-1] == view.layers - 1 and all(row.at < len(row.ids) - 1 for row in entry.prompts):
-                where = "what the last block puts out at the subject reaches no later token"
-                raise InputError(f"fact {entry.id!r}: {where}; edit lower layers, or at prompt-last")
-        kept = protected_rows(view, facts, editor.token, request, editor.amounts, draw)
-        moments, source = _moments(editor, view, request, sites)
-        metrics, held, energy = _metrics(editor, view, sites, moments, kept)
-        notes = {"prefixes": list(prefixes), "protected": dict(kept.counts)}
-        return cls(editor, view, facts, demands, Asked.of(demands, own, editor.ways), layers, metrics, held,
-                   request.past, source, energy, notes)  # fmt: skip
+        refuse_unheard(view, facts, editor.place, layers)
+        if moments is None:
+            sites = [Site(layer, Kind.MLP_OUT) for layer in layers]
+            moments = moments_of(editor.name, editor.moment, view, request, sites)
+        return cls.on(Ground.of(editor, view, request, facts, moments), layers)
+
+    @classmethod
+    def on(cls, ground: Ground, layers: tuple[int, ...]) -> Work:
+        """Work at `layers`, with what stands in `ground` for the token it was laid at."""
+        stays = ground.stays([Site(layer, Kind.MLP_OUT) for layer in layers])
+        asked = Asked.of(ground.demands, ground.own, ground.editor.ways)
+        notes = {"prefixes": list(ground.prefixes), "protected": dict(ground.kept.counts)}
+        return cls(ground.editor, ground.view, ground.facts, ground.demands, asked, layers, ground.kept,
+                   stays.metrics, stays.beside, ground.past, stays.energy,
+                   strict=torch.ones(len(asked.mean), dtype=torch.float64), notes=notes)  # fmt: skip
 
     def solved(self) -> tuple[dict[Site, Delta], dict[str, Any]]:
         """The deltas, and what is worth knowing of them."""
-        values = self._values()
-        goal = self._goal(values)
-        deltas: dict[Site, LowRank] = {}
-        for _ in progress.steps(range(self.editor.rounds), "rounds of layers"):
-            for order, layer in enumerate(self.layers):
-                self._layer(layer, self._share(order), goal, deltas)
+        work, watch, seen = self, Watch.of(self.view, self.kept, self.demands), []
+        values = work._values()
+        deltas = work._once(values)
+        for _ in range(1, self.editor.passes):
+            lost, missed = watch.lost(deltas), watch.missed(deltas)
+            seen.append({"lost": len(lost.named), "lost own": len(lost.said), "missed": len(missed)})
+            again = work._pressed(lost, missed)
+            if again is work:
+                break
+            work, values = again, again._values()
+            deltas = work._once(values)
         final, grown = limited(self.view, deltas, self.past, self.editor.growth)
         with as_if(self.view, final):
             said = chances(self.view, self.demands)
@@ -106,7 +109,37 @@ class Work:
             for index, fact in enumerate(self.facts)
         ]  # fmt: skip
         written = [self.asked.rows[row] for row in self.asked.first.tolist()]
-        return dict(final), {"facts": facts, "layers": grown, **self.notes, NOTE: note_of(written, self.layers)}
+        notes = {"passes": seen, **self.notes}
+        return dict(final), {"facts": facts, "layers": grown, **notes, NOTE: note_of(written, self.layers)}
+
+    def _once(self, values: Values) -> dict[Site, LowRank]:
+        """The change of each layer, lowest first."""
+        goal = self._goal(values)
+        deltas: dict[Site, LowRank] = {}
+        for _ in progress.steps(range(self.editor.rounds), "rounds of layers"):
+            for order, layer in enumerate(self.layers):
+                self._layer(layer, self._share(order), goal, deltas)
+        return deltas
+
+    def _pressed(self, lost: Lost, missed: Sequence[int]) -> Work:
+        """The same with what was lost held besides, and what was missed asked for more strictly; itself if nothing."""
+        work = self._holding(lost.named, self.editor.hold)._holding(lost.said, self.editor.hold_own)
+        if not missed:
+            return work
+        again = torch.isin(self.asked.fact, torch.tensor(missed))
+        return replace(work, strict=torch.where(again, self.strict * STRICTER, self.strict))
+
+    def _holding(self, rows: Sequence[Row], weight: float) -> Work:
+        """The same, the keys at `rows` held besides, but for those that are."""
+        fresh = [row for row in rows if row not in self.held]
+        if not fresh or not weight:
+            return self
+        keys = read_at(self.view, list(self.metrics), fresh)
+        metrics, beside = self.editor.holding(self.metrics, keys, weight)
+        both = {site: torch.cat([self.beside[site], more], 1) if site in self.beside else more
+                for site, more in beside.items()}  # fmt: skip
+        held = self.held | frozenset(fresh)
+        return replace(self, metrics=metrics, beside={**self.beside, **both}, held=held)
 
     def _share(self, order: int) -> float:
         left = len(self.layers) - order
@@ -132,7 +165,11 @@ class Work:
             part = left * self._share(order)
             left -= part
             keys = self.asked.mean @ read[site]
-            total += part**2 * charge(keys.T, self.metrics[site], self.editor.slack_of(keys)) / self.energy[site]
+            total += (
+                part**2
+                * charge(keys.T, self.metrics[site], self.editor.slack_of(keys) / self.strict)
+                / self.energy[site]
+            )
         return self.editor.price * total
 
     def _goal(self, values: Values) -> Tensor:
@@ -167,9 +204,9 @@ class Work:
             missing = self._as_output(site, missing)
         if layer == top:
             refuse_alike(self.facts, self.asked.fact, keys, site)
-        slack = self.editor.slack_of(keys)
+        slack = self.editor.slack_of(keys) / self.strict
         try:
-            pairs = insert_pairs(keys.T, missing.T, self.metrics[site], slack=slack, held=self.held.get(site))
+            pairs = insert_pairs(keys.T, missing.T, self.metrics[site], slack=slack, held=self.beside.get(site))
         except InputError as error:
             raise InputError(f"{site}: {error}") from None
         delta = rounded(pairs, keys.T)
@@ -186,32 +223,3 @@ class Work:
         written = read_at(self.view, [site], self._first, side="output")[site]
         gain = self._added(site, torch.ones(1, written.shape[1]))
         return missing * written.pow(2).mean(1, keepdim=True).sqrt() / gain
-
-
-def _moments(
-    editor: BatchEditor, view: ModelView, request: Request, sites: Sequence[Site]
-) -> tuple[Mapping[Site, Tensor], str]:
-    if editor.moment is not None:
-        found = editor.moment if isinstance(editor.moment, Moments) else Moments.load(editor.moment)
-    elif request.text:
-        found = second_moments(view, request.text, sites)
-    else:
-        needs = "needs ordinary text, to know what to leave alone, or second moments; found neither"
-        raise InputError(f"{editor.name} {needs}")
-    return {site: found.mean(site) for site in sites}, found.digest
-
-
-def _metrics(
-    editor: BatchEditor, view: ModelView, sites: Sequence[Site], moments: Mapping[Site, Tensor], kept: Protected
-) -> tuple[dict[Site, Metric], dict[Site, Tensor], dict[Site, float]]:
-    """What is cheap at each site, keys whose outputs should not move at all, and mean ‖output‖² over what stays."""
-    total = dict(moments)
-    for rows, weight in ((kept.named, editor.protect), (kept.said, editor.replay)):
-        if rows and weight:
-            more = second_moment_at(view, sites, rows)
-            total = {site: moment + weight * more[site] for site, moment in total.items()}
-    past = read_at(view, sites, kept.past) if kept.past and editor.past_weight else {}
-    metrics = {site: editor.metric(moment) for site, moment in total.items()}
-    weights = {site: view.weight(site).detach().to("cpu", torch.float64) for site in sites}
-    energy = {site: float(((weights[site] @ total[site]) * weights[site]).sum()) for site in sites}
-    return *editor.with_past(metrics, past), energy

@@ -26,7 +26,9 @@ class BatchEditor:
     Attributes:
         layers: blocks whose MLPs are changed, upwards; () for those between `depths`.
         depths: relative depths (0 the first block, 1 the last) between which blocks are changed.
-        token: where to edit: the subject's last token, or the prompt's.
+        measured: choose the blocks instead by trying ranges of them on some of the facts (`editors.facts.layer_trial`).
+        trials: on how many facts, drawn by the seed.
+        token: where to edit: the subject's last token, the prompt's, or whichever measures best on these facts.
         spread: what share of what is missing each layer brings: 1/(layers left) ("even", MEMIT), 1/√ of that ("sqrt",
             PMET), half at the first and the rest at the last and nothing between ("first-last", BLUE), all at the last.
         rounds: how often the layers are gone through; what a round left missing is asked for in the next. The rank
@@ -52,6 +54,10 @@ class BatchEditor:
         sentences: how many sentences the model writes.
         sentence_length: of them, in tokens.
         past_weight: weight of each key of edits already made, in shares of an average token of text.
+        passes: how often the edit is made: each time it is tried first, what it would change against its will is held,
+            and facts that it misses are demanded more strictly; 1 takes the first as it is.
+        hold: weight of each named key, or namesake's, whose answer would change, in shares of an average token of text.
+        hold_own: and of each such token of the model's own sentences.
         growth: an edit that would make a map's change (edits already made included) larger than this share of its
             norm is scaled down to it, and says so; None for no limit.
         prefixes: texts instead of the model's own; () for none.
@@ -60,7 +66,9 @@ class BatchEditor:
 
     layers: tuple[int, ...] = ()
     depths: tuple[float, ...] = (0.3, 1.0)
-    token: Token = "prompt-last"
+    measured: bool = False
+    trials: int = 6
+    token: Literal["subject-last", "prompt-last", "measured"] = "prompt-last"
     spread: Spread = "even"
     rounds: int = 1
     ways: Literal["each", "mean"] = "each"
@@ -83,6 +91,9 @@ class BatchEditor:
     sentences: int = 1200
     sentence_length: int = 16
     past_weight: float = 1.0
+    passes: int = 3
+    hold: float = 1.0
+    hold_own: float = 0.3
     growth: float | None = None
     prefixes: tuple[str, ...] | None = None
     moment: Any = None
@@ -97,18 +108,29 @@ class BatchEditor:
         """What a miss of these keys `[n, f]` may cost."""
         raise NotImplementedError
 
-    def with_past(
-        self, metrics: Mapping[Site, Metric], past: Mapping[Site, Tensor]
+    def holding(
+        self, metrics: Mapping[Site, Metric], keys: Mapping[Site, Tensor], weight: float
     ) -> tuple[dict[Site, Metric], dict[Site, Tensor]]:
-        """The metrics with the keys `[m, f]` of edits already made, and the keys that are to be held outright."""
-        held = {site: keys.T * self.past_weight**0.5 for site, keys in past.items()}
-        found = dict(metrics)
-        for site, keys in held.items():
+        """The metrics with `weight` on each of `keys` `[m, f]`, and the keys that stand beside those asked for instead.
+
+        Weights are in shares of an average token of text; beside the keys asked for, in shares of one of these.
+        """
+        found, beside = dict(metrics), {}
+        for site, rows in keys.items():
             metric = found[site]
             if isinstance(metric, Factor):
                 # An average token of text weighs k C⁻¹ k = f in all, one of m keys as much as its share of a mean.
-                found[site] = metric.holding(keys, 1 / len(keys))
-        return found, {site: keys for site, keys in held.items() if not isinstance(found[site], Factor)}
+                found[site] = metric.holding(rows.T, weight / rows.shape[1])
+            else:
+                beside[site] = rows.T * weight**0.5
+        return found, beside
+
+    @property
+    def place(self) -> Token:
+        """Where to edit, once that is known."""
+        if self.token == "measured":
+            raise InputError(f"{self.name}: the token is to be measured, and was not yet; name it")
+        return self.token
 
     @property
     def descent(self) -> Descent:
@@ -132,9 +154,10 @@ class BatchEditor:
         Raises:
             InputError: names the setting, what it is and what is expected.
         """
-        least = {"damping": 0, "rounds": 1, "steps": 1, "pace": 0, "clamp": 0, "weight_decay": 0,
+        least = {"damping": 0, "trials": 1, "rounds": 1, "steps": 1, "pace": 0, "clamp": 0, "weight_decay": 0,
                  "kl_weight": 0, "samples": 0, "namesakes": 0, "protect": 0, "replay": 0, "sentences": 0,
-                 "sentence_length": 2, "recalls": 0, "past_weight": 0, "top_k": 1}  # fmt: skip
+                 "sentence_length": 2, "recalls": 0, "past_weight": 0, "passes": 1, "hold": 0,
+                 "hold_own": 0, "top_k": 1}  # fmt: skip
         for name, value in least.items():
             if getattr(self, name) < value:
                 raise InputError(f"{self.name}: {name} is {getattr(self, name)}, expected {value} or more")
@@ -142,6 +165,8 @@ class BatchEditor:
             raise InputError(f"{self.name}: lr is {self.lr}, expected 0 or more, or none for steps of pace")
         if self.growth is not None and self.growth <= 0:
             raise InputError(f"{self.name}: growth is {self.growth}, expected above 0, or none")
+        if self.measured and self.layers:
+            raise InputError(f"{self.name}: layers are {self.layers} and are to be measured; leave out one of the two")
         if len(self.depths) != 2 or not 0 <= self.depths[0] <= self.depths[1] <= 1:
             raise InputError(f"{self.name}: depths are {self.depths}, expected two between 0 and 1, the lower first")
 

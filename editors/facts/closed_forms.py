@@ -140,7 +140,7 @@ class Pairs(NamedTuple):
 
 
 def insert_pairs(
-    keys: Tensor, missing: Tensor, metric: Metric, *, slack: float = 0.0, held: Tensor | None = None
+    keys: Tensor, missing: Tensor, metric: Metric, *, slack: float | Tensor = 0.0, held: Tensor | None = None
 ) -> Pairs:
     """The change that adds `missing` to what a matrix answers to `keys`, moving cheap directions only.
 
@@ -152,7 +152,7 @@ def insert_pairs(
         keys: [f, n], what the matrix reads.
         missing: [d, n], what its outputs lack.
         metric: which directions are cheap.
-        slack: what a miss is allowed to cost; 0 to allow none.
+        slack: what a miss is allowed to cost; 0 to allow none. One for all, or one for each key `[n]`.
         held: [f, m] keys whose outputs should not move, demanded as strictly as the others (AlphaEdit's history).
 
     Returns:
@@ -170,10 +170,10 @@ def insert_pairs(
     if asked.ndim != 2 or wanted.ndim != 2 or asked.shape[1] != wanted.shape[1]:
         raise InputError(f"keys {list(keys.shape)}, missing {list(missing.shape)}; expected [f, n] and [d, n]")
     count = asked.shape[1]
-    every = asked if held is None else torch.cat([asked, held.detach().to("cpu", torch.float64)], 1)
+    every = asked if held is None else torch.cat([asked, _compressed(held.detach().to("cpu", torch.float64))], 1)
     cheap = metric.solve(every)
     inner = every.T @ cheap
-    inner = (inner + inner.T) / 2 + slack * torch.eye(len(inner), dtype=torch.float64)
+    inner = (inner + inner.T) / 2 + _allowed(slack, count, len(inner))
     lower, failed = torch.linalg.cholesky_ex(inner)
     pivots = lower.diagonal() ** 2
     if int(failed) or not bool((pivots > TINY * inner.diagonal().max()).all()):
@@ -183,7 +183,23 @@ def insert_pairs(
     return Pairs(wanted, torch.cholesky_solve(chosen, lower).T @ cheap.T)
 
 
-def charge(keys: Tensor, metric: Metric, slack: float = 0.0) -> Tensor:
+def _allowed(slack: float | Tensor, count: int, total: int) -> Tensor:
+    """The diagonal matrix of slack, `[total, total]`: what is held beside `count` keys has the most any of them has."""
+    each = torch.as_tensor(slack, dtype=torch.float64).expand(count)
+    return torch.cat([each, each.max().expand(total - count)]).diag()
+
+
+def _compressed(keys: Tensor) -> Tensor:
+    """Columns with the same K Kᵀ, all that keys held at 0 count for: at most f of them."""
+    if keys.shape[1] <= len(keys):
+        return keys
+    values, vectors = torch.linalg.eigh(keys @ keys.T)
+    clear = values > TINY * values[-1]
+    found: Tensor = vectors[:, clear] * values[clear].sqrt()
+    return found
+
+
+def charge(keys: Tensor, metric: Metric, slack: float | Tensor = 0.0) -> Tensor:
     """The n x n matrix A by which `insert_pairs` costs trace(R A Rᵀ), whatever the R: unit · (KᵀG K + slack)⁻¹.
 
     Of a metric C⁻¹ the cost is trace(Δ C Δᵀ), what the change moves on average over what C was taken of (and, with
@@ -192,8 +208,9 @@ def charge(keys: Tensor, metric: Metric, slack: float = 0.0) -> Tensor:
     asked = keys.detach().to("cpu", torch.float64)
     inner = asked.T @ metric.solve(asked)
     inner = (inner + inner.T) / 2
-    least = max(slack, 1e-9 * float(inner.diagonal().max()))
-    factor = torch.linalg.cholesky(inner + least * torch.eye(len(inner), dtype=torch.float64))
+    allowed = _allowed(slack, len(inner), len(inner)).diagonal()
+    least = allowed.clamp_min(1e-9 * float(inner.diagonal().max()))
+    factor = torch.linalg.cholesky(inner + least.diag())
     return metric.unit * torch.cholesky_inverse(factor)
 
 

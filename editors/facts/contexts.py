@@ -8,9 +8,9 @@ from typing import Any, Literal
 
 import torch
 
-from memloc.batches import pad
 from memloc.errors import InputError
 from memloc.passages import Fact, Prompt, encode
+from memloc.running.decoding import continuation
 from memloc.view import ModelView
 
 Token = Literal["subject-last", "prompt-last"]
@@ -106,7 +106,13 @@ def check_context(demands: Sequence[Demand], context: int | None) -> None:
 
 @torch.no_grad()
 def sample(
-    view: ModelView, starts: Sequence[Sequence[int]], length: int, generator: torch.Generator, *, top_k: int = 5
+    view: ModelView,
+    starts: Sequence[Sequence[int]],
+    length: int,
+    generator: torch.Generator,
+    *,
+    top_k: int = 5,
+    size: int = 512,
 ) -> list[tuple[int, ...]]:
     """Text of the model's own, a row for each of `starts`, which all have one length.
 
@@ -116,17 +122,18 @@ def sample(
         length: tokens of each row, its start included; longer starts are cut.
         generator: on the CPU.
         top_k: each token is drawn from the k likeliest.
+        size: rows at once; what is drawn depends on it.
 
-    Cost: one forward of all rows a token.
+    Cost: a forward over the starts, then one of a token a row for each that is added.
     """
-    ids = torch.tensor([list(start) for start in starts])
-    while len(ids) and ids.shape[1] < length:
-        batch = pad(ids.tolist(), device=view.device)
-        scores = view.logits_at(batch, torch.arange(len(ids), device=view.device), batch.length - 1).float().cpu()
-        best = scores.topk(min(top_k, scores.shape[1]))
-        drawn = torch.multinomial(best.values.softmax(-1), 1, generator=generator)
-        ids = torch.cat([ids, best.indices.gather(1, drawn)], 1)
-    return [tuple(row[:length]) for row in ids.tolist()]
+    found: list[tuple[int, ...]] = []
+    for first in range(0, len(starts), size):
+        ids = torch.tensor([list(start) for start in starts[first : first + size]], device=view.device)
+        more = max(0, length - ids.shape[1])
+        if more:
+            ids = continuation(view, ids, more, temperature=1.0, top_k=top_k, generator=generator).ids
+        found += [tuple(row[:length]) for row in ids.tolist()]
+    return found
 
 
 def sample_prefixes(

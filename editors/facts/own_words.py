@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from editors.facts.contexts import sample
+from memloc import progress
 from memloc.batches import pad
 from memloc.passages import Fact, Prompt, decode, encode
 from memloc.sites import OUTSIDE, Kind, Site
@@ -71,25 +72,24 @@ def namesakes(
     return tuple(Prompt(ids, (start, unique[ids]), decode(view.tokenizer, ids)) for ids in fittest)
 
 
-@torch.no_grad()
 def recalls(
     view: ModelView,
-    fact: Fact,
+    facts: Sequence[Fact],
     count: int,
     generator: torch.Generator,
     *,
     top_k: int = 10,
     least: float = 0.5,
-) -> tuple[Prompt, ...]:
-    """At most `count` ways in which the model, started with the subject alone, comes to the present answer by itself.
+) -> list[tuple[Prompt, ...]]:
+    """For each fact at most `count` ways in which the model, started with its subject alone, comes to its answer.
 
     Texts are sampled that begin with the subject; where the present answer's first token is next with probability
     `least` or more, the text so far is a prompt for the fact. One a text, the likeliest first.
 
     Args:
         view: the model.
-        fact: its subject and present answer are used; its paraphrases are not looked at.
-        count: how many are wanted; eight times as many texts are sampled.
+        facts: their subjects and present answers are used; their paraphrases are not looked at.
+        count: how many are wanted for each; eight times as many texts are sampled.
         generator: on the CPU.
         top_k: each token is drawn from the k likeliest.
         least: the probability.
@@ -97,26 +97,45 @@ def recalls(
     Returns:
         Prompts, all different from each other and from the fact's prompt; none without a tokenizer.
 
-    Cost: a forward of 8 x `count` rows for each of as many tokens as the prompt has, and one more.
+    Cost: for each fact 8 x `count` rows of as many tokens as subject and prompt have, on cached keys, and a forward of
+    them; facts of one length share the calls.
     """
     if view.tokenizer is None or count < 1:
-        return ()
-    start = encode(view.tokenizer, fact.subject).ids
-    length = min(len(start) + len(fact.prompt.ids), view.context or 1 << 30)
-    rows = sample(view, [start] * (8 * count), length, generator, top_k=top_k)
+        return [() for _ in facts]
+    starts = [encode(view.tokenizer, fact.subject).ids for fact in facts]
+    alike: dict[tuple[int, int], list[int]] = {}
+    for index, (fact, start) in enumerate(zip(facts, starts, strict=True)):
+        length = min(len(start) + len(fact.prompt.ids), view.context or 1 << 30)
+        alike.setdefault((len(start), length), []).append(index)
+    found: dict[int, tuple[Prompt, ...]] = {}
+    for (begun, length), mine in progress.steps(alike.items(), "ways to the facts"):
+        rows = sample(view, [starts[index] for index in mine for _ in range(8 * count)], length, generator, top_k=top_k)
+        for place, index in enumerate(mine):
+            own = rows[place * 8 * count : (place + 1) * 8 * count]
+            found[index] = _recalled(view, facts[index], own, begun, count, least)
+    return [found[index] for index in range(len(facts))]
+
+
+@torch.no_grad()
+def _recalled(
+    view: ModelView, fact: Fact, rows: Sequence[tuple[int, ...]], begun: int, count: int, least: float
+) -> tuple[Prompt, ...]:
+    """Of rows that begin with the subject's `begun` tokens, the places where the answer is about to be given."""
     found: dict[tuple[int, ...], float] = {}
-    for first in range(0, len(rows), 64):
-        batch = pad(rows[first : first + 64], device=view.device)
-        column = torch.arange(len(start), length, device=view.device).repeat(len(batch))
-        line = torch.arange(len(batch), device=view.device).repeat_interleave(length - len(start))
+    unique = list(dict.fromkeys(rows))
+    for first in range(0, len(unique), 64):
+        part = unique[first : first + 64]
+        batch, tail = pad(part, device=view.device), len(part[0]) - begun
+        column = torch.arange(begun, begun + tail, device=view.device).repeat(len(batch))
+        line = torch.arange(len(batch), device=view.device).repeat_interleave(tail)
         sure = view.logits_at(batch, line, column).softmax(-1)[:, fact.target_true[0]].view(len(batch), -1)
-        for row, chance in zip(rows[first : first + 64], sure.tolist(), strict=True):
+        for row, chance in zip(part, sure.tolist(), strict=True):
             best = max(range(len(chance)), key=chance.__getitem__, default=0)
             if chance and chance[best] >= least:
-                found[row[: len(start) + best + 1]] = chance[best]
+                found[row[: begun + best + 1]] = chance[best]
     found.pop(fact.prompt.ids, None)
     ranked = sorted(found, key=lambda ids: (-found[ids], ids))[:count]
-    return tuple(Prompt(ids, (0, len(start)), decode(view.tokenizer, ids)) for ids in ranked)
+    return tuple(Prompt(ids, (0, begun), decode(view.tokenizer, ids)) for ids in ranked)
 
 
 @torch.no_grad()

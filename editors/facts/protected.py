@@ -6,8 +6,8 @@ itself (`own_sentences`); both stand in for the facts nobody lists. Ours.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -32,14 +32,21 @@ class Protected:
 
     Attributes:
         named: other facts and retained passages; the model's own namesakes.
+        asked: of each of these the token behind which its answer stands.
         said: what the model says by itself, every token of it.
         past: where edits already made were written.
     """
 
     named: tuple[Row, ...] = ()
+    asked: tuple[int, ...] = ()
     said: tuple[Row, ...] = ()
     past: tuple[Row, ...] = ()
     counts: Mapping[str, int] = field(default_factory=dict)
+
+    def without(self, rows: Collection[Row]) -> Protected:
+        """The same with these not among the named ones."""
+        left = [(row, at) for row, at in zip(self.named, self.asked, strict=True) if row not in rows]
+        return replace(self, named=tuple(row for row, _ in left), asked=tuple(at for _, at in left))
 
 
 class Amounts(NamedTuple):
@@ -140,7 +147,7 @@ def protected_rows(
 
     See the fields of `Protected`.
     """
-    given = rows_of_facts(request.keep_facts, token) + rows_predicting(request.retain)
+    given, retained = rows_of_facts(request.keep_facts, token), rows_predicting(request.retain)
     edited = [(spellings(view, fact), fact.target_true[0]) for fact in facts]
     made = []
     for fact in facts:
@@ -157,9 +164,11 @@ def protected_rows(
         )
     )
     said = own_sentences(view, facts, token, amounts, generator)
-    counts = {"named": len(given), "namesakes": len(own), "said": len(said), "past": 0}
     past = rows_of_past(request.past)
-    return Protected(given + own, said, past, {**counts, "past": len(past)})
+    counts = {"named": len(given) + len(retained), "namesakes": len(own), "said": len(said), "past": len(past)}
+    # A fact is answered behind its prompt, wherever it is edited; of a passage every token is an answer.
+    asked = (*(len(row.ids) - 1 for row in given + own), *(row.at for row in retained))
+    return Protected(given + own + retained, asked, said, past, counts)
 
 
 def _subject(fact: Fact) -> tuple[int, ...]:

@@ -66,7 +66,7 @@ PMET_PRESETS = {
 
 PLAIN: dict[str, Any] = {
     "token": "subject-last", "ways": "mean", "price": 0.0, "damping": 0.0, "samples": 5, "lengths": (10,), "recalls": 0,
-    "protect": 0.0, "namesakes": 0, "replay": 0.0, "sentences": 0, "past_weight": 1.0, "kl_weight": 0.0625,
+    "protect": 0.0, "namesakes": 0, "replay": 0.0, "sentences": 0, "past_weight": 1.0, "passes": 1, "kl_weight": 0.0625,
     "stop_below": 0.05,
 }  # fmt: skip
 """What all methods of the family have in common as published."""

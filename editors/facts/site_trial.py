@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from editors.deltas import LowRank
+from editors.deltas import Delta
 from editors.facts.contexts import Demand, Row
 from editors.hook_form import as_if
 from memloc.batches import pad
 from memloc.sites import Site
 from memloc.view import ModelView
+
+TRIAL_LENGTHS = 5, 10
+TRIALS = 4
+"""Prefixes of each length that sites are judged with."""
 
 
 class Tried(NamedTuple):
@@ -32,14 +36,13 @@ class Tried(NamedTuple):
 
 
 def tried(
-    view: ModelView, site: Site, delta: LowRank, asked: Demand, own: Sequence[Row], others: Sequence[Row]
+    view: ModelView, deltas: Mapping[Site, Delta], asked: Demand, own: Sequence[Row], others: Sequence[Row]
 ) -> Tried:
-    """`delta` at `site`, by hooks; no weight is touched.
+    """`deltas` by hooks; no weight is touched.
 
     Args:
         view: the model.
-        site: a map inside a block.
-        delta: its change.
+        deltas: changes of maps inside blocks.
         asked: the fact behind prefixes, the bare prompt first.
         own: the model's own ways to it.
         others: rows whose answers should stay.
@@ -49,7 +52,7 @@ def tried(
     rows = [Row(row.ids + asked.target[:-1], row.at) for row in (*asked.prompts, *own)]
     target = torch.tensor(asked.target, device=view.device).repeat(len(rows))
     before = _chances(view, others, 1)
-    with as_if(view, {site: delta}):
+    with as_if(view, deltas):
         spoken = _chances(view, rows, len(asked.target))
         after = _chances(view, others, 1)
     chance = spoken.gather(1, target[:, None]).view(len(rows), -1).prod(1)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from editors.base import Request
 from editors.edit import Edit
-from editors.facts.batch_edit import edited
+from editors.facts.batch_request import edited
 from editors.facts.batch_settings import BatchEditor
 from editors.facts.closed_forms import Metric, NullSpace
 from editors.facts.published import plain, preset
@@ -23,7 +23,9 @@ class AlphaEdit(BatchEditor):
 
     Δ = R (Kᵀ P K + S)⁻¹ Kᵀ P, P the projector onto those eigenvectors of C (mean k kᵀ of text, other facts, namesakes,
     own sentences) whose eigenvalue is below a threshold: the mean squared change over what should stay is at most
-    threshold · ‖Δ‖². Keys of edits already made (`past`) stand among K with nothing missing, as strictly as new ones.
+    threshold · ‖Δ‖². Keys of edits already made (`past`) stand among K with nothing missing, as strictly as new ones;
+    so do, at their weights, those that a pass was seen to change (`passes`): here all weights are in shares of a new
+    key's.
 
     Attributes:
         threshold: of the eigenvalues, in shares of their mean.
@@ -39,9 +41,12 @@ class AlphaEdit(BatchEditor):
     Source: Fang et al. 2025, arXiv:2410.02355. Relative thresholds, other facts and own sentences in C are ours.
     """
 
-    threshold: float = 0.02
-    ridge: float = 1e-3
+    threshold: float = 0.4
+    ridge: float = 0.05
     absolute: bool = False
+    price: float = 3.0
+    hold: float = 0.1
+    hold_own: float = 0.05
     name: ClassVar[str] = "alphaedit"
     refuses = staticmethod(left_to_right)
 

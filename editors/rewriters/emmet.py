@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 from torch import Tensor
 
 from editors.base import Request
 from editors.edit import Edit
-from editors.facts.batch_edit import edited
+from editors.facts.batch_request import edited
 from editors.facts.batch_settings import BatchEditor
 from editors.facts.closed_forms import Factor
 from editors.facts.published import plain, preset
@@ -22,7 +22,8 @@ class Emmet(BatchEditor):
     """Make the model say many facts' targets at once, every demand met, moving least what should stay.
 
     Δ = R (Kᵀ C⁻¹ K + S)⁻¹ Kᵀ C⁻¹: the least trace(Δ C Δᵀ) of all Δ with Δ K = R (S = 0). With one fact and one key it
-    is ROME. Names as in `memit`.
+    is ROME. Names as in `memit`. A key for each way to a fact would be more demands than can all be met exactly: by
+    default they are averaged.
 
     Attributes:
         slack: S in shares of the number of the map's inputs, what a miss may cost. 0 meets every demand; the original
@@ -40,6 +41,7 @@ class Emmet(BatchEditor):
     """
 
     slack: float = 0.0
+    ways: Literal["each", "mean"] = "mean"
     name: ClassVar[str] = "emmet"
     refuses = staticmethod(left_to_right)
 

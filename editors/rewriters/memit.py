@@ -9,7 +9,7 @@ from torch import Tensor
 
 from editors.base import Request
 from editors.edit import Edit
-from editors.facts.batch_edit import edited
+from editors.facts.batch_request import edited
 from editors.facts.batch_settings import BatchEditor
 from editors.facts.closed_forms import Factor
 from editors.facts.published import plain, preset

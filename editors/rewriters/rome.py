@@ -27,7 +27,7 @@ from editors.facts.protected import (
     rows_predicting,
     second_moment_at,
 )
-from editors.facts.site_trial import tried
+from editors.facts.site_trial import TRIAL_LENGTHS, TRIALS, tried
 from memloc import progress
 from memloc.errors import InputError
 from memloc.moments import Moments, second_moments
@@ -35,10 +35,6 @@ from memloc.passages import Fact, Facts, Prompt
 from memloc.provenance import Provenance, digest_tensor, settings_of
 from memloc.sites import Kind, Site
 from memloc.view import ModelView, left_to_right
-
-TRIAL_LENGTHS = 5, 10
-TRIALS = 4
-"""Prefixes of each length that sites are judged with."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -251,7 +247,7 @@ class _Work:
         """With what the model says about others and about the fact itself, as it is now."""
         draw = torch.Generator().manual_seed(request.seed)
         others = namesakes(view, fact.prompt, rome.namesakes, draw, top_k=2 * rome.top_k)
-        ways = recalls(view, fact, rome.recalls, draw, top_k=2 * rome.top_k)
+        ways = recalls(view, [fact], rome.recalls, draw, top_k=2 * rome.top_k)[0]
         return cls(rome, view, fact, request=request, others=others, ways=ways, **shared)
 
     def named(self, token: Token) -> tuple[Row, ...]:
@@ -294,7 +290,7 @@ class _Work:
     def _judged(self, found: _Found, token: Token, own: Sequence[Row], judges: Sequence[Row]) -> _Found:
         """With its merit: whether the bare prompt says the target, then what is said and what is kept, summed."""
         asked = demand(self.fact, self.view.tokenizer, self.trial, token, essence=False)
-        seen = tried(self.view, found.site, found.delta, asked, own, judges)
+        seen = tried(self.view, {found.site: found.delta}, asked, own, judges)
         return replace(found, note={**found.note, "said": seen.said, "kept": seen.kept},
                        merit=(float(seen.right), seen.said + seen.kept))  # fmt: skip
 

@@ -47,7 +47,7 @@ def continuation(
         length: how many tokens to add.
         temperature: 0 is greedy (lowest id among equals).
         top_k: each token is drawn from the k likeliest (and those that tie with the last of them).
-        generator: on the model's device; needed where the temperature is not 0.
+        generator: on any device; needed where the temperature is not 0.
 
     Cost: one forward over s tokens, then one a token, with cached keys and values.
     """
@@ -74,5 +74,7 @@ def continuation(
 def _draw(logits: Tensor, generator: torch.Generator | None) -> Tensor:
     """One token a row, `[n, 1]`, by inverting the cumulative distribution: one random number a row, not one a token."""
     total = logits.double().softmax(-1).cumsum(-1)
-    height = torch.rand(len(logits), 1, generator=generator, device=logits.device, dtype=torch.float64) * total[:, -1:]
+    device = logits.device if generator is None else generator.device
+    drawn = torch.rand(len(logits), 1, generator=generator, device=device, dtype=torch.float64)
+    height = drawn.to(total.device) * total[:, -1:]
     return torch.searchsorted(total, height, right=True).clamp_(max=logits.shape[-1] - 1)

@@ -139,6 +139,9 @@ VARIANTS: Mapping[str, Case] = {
         ),
         ("facts", "text"),
     ),
+    "memit measured": Case(
+        Memit(**{**BATCH, "layers": (), "steps": 2}, token="measured", measured=True, trials=1), ("facts", "text")
+    ),
     "gradient-difference whole": Case(
         GradientDifference(steps=2, lr=1e-3, floor=-30.0, replay=0, keep="nll", keep_rows=2), ("forget", "retain")
     ),

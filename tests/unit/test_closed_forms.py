@@ -130,6 +130,27 @@ def test_the_charge_is_what_the_change_costs(problem):
     near(torch.trace(missing @ charge(keys, factor, 5.0) @ missing.T), cost)
 
 
+def test_every_key_may_have_a_slack_of_its_own(problem):
+    keys, missing, moment = problem
+    slack = torch.linspace(0.5, 40.0, N, dtype=torch.float64)
+    weighted = keys / slack.sqrt()
+    slow = (missing / slack.sqrt()) @ torch.linalg.solve(moment + weighted @ weighted.T, weighted).T
+    near(change(insert_pairs(keys, missing, Factor.of(moment, damping=0), slack=slack)), slow)
+    cost = torch.trace(slow @ moment @ slow.T) + float(((slow @ keys - missing) ** 2 / slack).sum())
+    near(torch.trace(missing @ charge(keys, Factor.of(moment, damping=0), slack) @ missing.T), cost)
+
+
+def test_more_held_keys_than_entries_count_by_their_moment_alone(problem):
+    """Against the f-sized system of a projected least squares."""
+    keys, missing, moment = problem
+    held = made(IN, 3 * IN, seed=11)
+    space = NullSpace.of(moment, 2.0)
+    P = space.basis @ space.basis.T
+    system = P @ (keys @ keys.T + held @ held.T) @ P + 0.3 * torch.eye(IN, dtype=torch.float64)
+    slow = missing @ torch.linalg.solve(system, P @ keys).T
+    near(change(insert_pairs(keys, missing, space, slack=0.3, held=held)), slow)
+
+
 def test_rounded_factors_still_meet_the_demand(problem):
     keys, missing, moment = problem
     pairs = insert_pairs(keys, missing, Factor.of(moment, damping=1e-4))

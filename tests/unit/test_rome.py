@@ -408,7 +408,7 @@ def test_recalls_are_prompts_at_which_the_model_gives_the_present_answer(view, f
         row = sample(view, [start], len(start) + 4, torch.Generator().manual_seed(3), top_k=1)[0]
         answer = int(view.model(torch.tensor([row])).logits[0, -1].argmax())
     fact = replace(fact, target_true=(answer,))
-    found = recalls(view, fact, 3, torch.Generator().manual_seed(0), top_k=2, least=0.02)
+    found = recalls(view, [fact], 3, torch.Generator().manual_seed(0), top_k=2, least=0.02)[0]
     assert found
     for prompt in found:
         assert list(prompt.ids[: len(start)]) == start and prompt.subject == (0, len(start))

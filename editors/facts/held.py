@@ -1,0 +1,105 @@
+"""What an edit would change against its will: found by trying it on what should stay, and held when it is made again.
+
+A mean over everything that should stay spends its strength evenly, also on the many answers that the edit would not
+have moved. Those that it does move are known once it was tried; their keys are held one by one. Ours.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from editors.deltas import Delta
+from editors.facts.contexts import Demand, Row
+from editors.facts.protected import Protected
+from editors.hook_form import as_if
+from memloc.batches import pad
+from memloc.sites import Site
+from memloc.view import ModelView
+
+
+class Lost(NamedTuple):
+    """Rows at which an answer was lost, at the tokens whose outputs are to be held.
+
+    Attributes:
+        named: what was named, and namesakes.
+        said: tokens of the model's own sentences.
+    """
+
+    named: tuple[Row, ...]
+    said: tuple[Row, ...]
+
+
+@dataclass(frozen=True)
+class Watch:
+    """What is looked at when an edit is tried; no weight is touched.
+
+    Attributes:
+        view: the model.
+        kept: what should stay.
+        before: [n] the likeliest token behind each of these, clean.
+        asked: each fact's bare prompt with its target, at the tokens behind which the target's stand.
+        target: these tokens.
+        fact: and whose they are.
+    """
+
+    view: ModelView
+    kept: Protected
+    before: Tensor
+    asked: tuple[Row, ...]
+    target: Tensor
+    fact: Tensor
+
+    @classmethod
+    def of(cls, view: ModelView, kept: Protected, demands: Sequence[Demand]) -> Watch:
+        """Cost: a forward of everything protected."""
+        asked = tuple(
+            Row(entry.prompts[0].ids + entry.target[:-1], len(entry.prompts[0].ids) - 1 + step)
+            for entry in demands for step in range(len(entry.target))
+        )  # fmt: skip
+        target = torch.tensor([token for entry in demands for token in entry.target])
+        fact = torch.tensor([index for index, entry in enumerate(demands) for _ in entry.target])
+        return cls(view, kept, likeliest(view, _answered(kept)), asked, target, fact)
+
+    def lost(self, deltas: Mapping[Site, Delta]) -> Lost:
+        """Where another token is the likeliest with `deltas`. Cost: a forward of everything protected."""
+        with as_if(self.view, deltas):
+            changed = (likeliest(self.view, _answered(self.kept)) != self.before).tolist()
+        rows = (*self.kept.named, *self.kept.said)
+        first = len(self.kept.named)
+        named = tuple(row for row, other in zip(rows[:first], changed[:first], strict=True) if other)
+        said = tuple(row for row, other in zip(rows[first:], changed[first:], strict=True) if other)
+        return Lost(named, said)
+
+    def missed(self, deltas: Mapping[Site, Delta]) -> list[int]:
+        """Facts whose target is not the likeliest answer to the bare prompt with `deltas`, token by token."""
+        with as_if(self.view, deltas):
+            wrong = likeliest(self.view, self.asked) != self.target
+        return sorted(set(self.fact[wrong].tolist()))
+
+
+def _answered(kept: Protected) -> tuple[Row, ...]:
+    """The rows of what is kept, at the tokens behind which the answers stand."""
+    return (*(Row(row.ids, at) for row, at in zip(kept.named, kept.asked, strict=True)), *kept.said)
+
+
+@torch.no_grad()
+def likeliest(view: ModelView, rows: Sequence[Row], *, size: int = 256) -> Tensor:
+    """The likeliest next token behind each row's token, `[n]` on the CPU. Rows of the same ids share a forward."""
+    places: dict[tuple[int, ...], list[int]] = {}
+    for index, row in enumerate(rows):
+        places.setdefault(row.ids, []).append(index)
+    found = torch.zeros(len(rows), dtype=torch.long)
+    texts = sorted(places, key=len)
+    for start in range(0, len(texts), size):
+        part = texts[start : start + size]
+        batch = pad(part, device=view.device)
+        mine = [index for ids in part for index in places[ids]]
+        line = torch.tensor([order for order, ids in enumerate(part) for _ in places[ids]], device=view.device)
+        at = torch.tensor([rows[index].at for index in mine], device=view.device)
+        found[mine] = view.logits_at(batch, line, at).argmax(-1).cpu()
+    return found
