@@ -10,8 +10,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from editors.methods import EDITORS
-from editors.verbs import edit, editability, export, sweep, train_mend, verify
+from editors.methods import EDITORS, PRUNERS
+from editors.verbs import edit, editability, export, shared_subspace, sweep, train_mend, verify
 from editors.verbs.export import print_written
 from memloc import cli as looking
 from memloc import command, processes
@@ -115,6 +115,13 @@ def verbs() -> tuple[Verb, ...]:
             editability.flags,
             editability.run,
             EDITORS,
+        ),
+        Verb(
+            "shared-subspace",
+            "do memories share weights: masks of disjoint halves, their overlap, and what removal takes from the other",
+            shared_subspace.flags,
+            shared_subspace.run,
+            PRUNERS,
         ),
         Verb("verify", "is what an edit took out gone or only hidden, and what else broke", verify.flags, verify.run),
         Verb("export", "write an edit as a PEFT adapter or a checkpoint with its model card", export.flags, export.run),

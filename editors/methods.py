@@ -42,3 +42,13 @@ EDITORS = Registry(
         "ultraedit": "editors.rewriters.ultraedit:UltraEdit",
     },
 )
+
+PRUNERS = Registry(
+    "pruner",
+    {
+        name: f"{module}:{method}"
+        for name, (module, method) in ((name, EDITORS.target(name)) for name in EDITORS)
+        if module.startswith("editors.pruners.")
+    },
+)
+"""Those editors that only take weights away."""

@@ -128,10 +128,9 @@ def pad(
     device: torch.device | str | None = None,
 ) -> Batch:
     """Rows of token ids as one right-padded batch; without `prefix`, each row is all prefix."""
-    length = torch.tensor([len(row) for row in ids])
-    table = torch.zeros(len(ids), int(length.max()), dtype=torch.long)
-    for index, row in enumerate(ids):
-        table[index, : len(row)] = torch.tensor(row)
+    sizes = [len(row) for row in ids]
+    length, width = torch.tensor(sizes), max(sizes)
+    table = torch.tensor([[*row, *[0] * (width - len(row))] for row in ids], dtype=torch.long)
     heads = length if prefix is None else torch.tensor(list(prefix))
     names = tuple(range(len(ids))) if rows is None else tuple(rows)
     return Batch(table.to(device), length.to(device), heads.to(device), names)

@@ -245,8 +245,10 @@ class _Sums:
         half = torch.tensor([int(apart and not drawn.first[row]) for row in batch.rows], device=batch.ids.device)
         for site, found in seen.items():
             for index, sums in enumerate(self.halves):
-                rows = batch.mask & (half == index)[:, None]
-                add_keys(sums[site], found[rows.to(found.device)])
+                keys = _keys(found, batch, half == index)
+                if not len(keys):
+                    continue
+                add_keys(sums[site], keys)
                 if not bool(torch.isfinite(sums[site].diagonal()).all()):
                     said = f"{site}: keys that are not finite in {found.dtype}"
                     raise InputError(f"{said}; open the model in another dtype")
@@ -298,6 +300,15 @@ class _Sums:
             rows = header["rows"][str(site)]
             entries += zip(rows, tensors[f"probes {site}"] if rows else (), strict=True)
         self.counts, self.done = header["counts"], header["done"]
+
+
+def _keys(found: Tensor, batch: Batch, chosen: Tensor) -> Tensor:
+    """What flows into a site at the real tokens of the chosen rows, [k, f]; not copied where that is all of it."""
+    mask = batch.mask
+    if not bool(mask.all()):
+        return found[(mask & chosen[:, None]).to(found.device)]
+    rows = found if bool(chosen.all()) else found[chosen.to(found.device)]
+    return rows.reshape(-1, found.shape[-1])
 
 
 def _sharded(drawn: Draw, shard: tuple[int, int]) -> Draw:

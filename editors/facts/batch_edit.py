@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -174,12 +175,16 @@ class Work:
     def _goal(self, values: Values) -> Tensor:
         """What the last layer's block should put out at each key's first row, `[n, d]` float64."""
         site, rows = Site(self.layers[-1], Kind.MLP_OUT), self._first
-        clean = read_blocks_at(self.view, site.layer, rows)
-        change = values.change.double()
+        clean, change = self._clean, values.change.double()
         if not self.view.row.added.get(site.kind):
             return clean + change
         written = read_at(self.view, [site], rows, side="output")[site]
         return clean + self._added(site, written + change) - self._added(site, written)
+
+    @cached_property
+    def _clean(self) -> Tensor:
+        """What the last layer's block puts out at each key's first row before anything is changed."""
+        return read_blocks_at(self.view, self.layers[-1], self._first)
 
     @property
     def _first(self) -> list[Row]:
@@ -194,7 +199,8 @@ class Work:
         site, top = Site(layer, Kind.MLP_OUT), self.layers[-1]
         with as_if(self.view, deltas):
             keys = self.asked.mean @ read_at(self.view, [site], self.asked.rows)[site]
-            missing = share * (goal - read_blocks_at(self.view, top, self._first))
+            now = read_blocks_at(self.view, top, self._first) if deltas else self._clean
+            missing = share * (goal - now)
             missing = self._as_output(site, missing)
         if layer == top:
             refuse_alike(self.facts, self.asked.fact, keys, site)

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from editors.facts.contexts import Demand, Row, check_context
-from memloc.batches import pad
+from editors.facts.stages import Stage
+from memloc.batches import Batch, pad
 from memloc.hooks import Side
 from memloc.sites import Kind, Site
 from memloc.view import ModelView
@@ -25,32 +26,57 @@ def read_at(
 ) -> dict[Site, Tensor]:
     """What flows into (or out of) `sites` at each row's token: site to `[n, width]`, float64 on the CPU.
 
-    Cost: a forward a batch of `size` rows, left after the highest site.
+    Cost: a forward a batch of `size` rows, up to their tokens, left after the highest site.
     """
     found: dict[Site, list[Tensor]] = {site: [] for site in sites}
-    for start in range(0, len(rows), size):
-        part = rows[start : start + size]
-        batch = pad([row.ids for row in part], device=view.device)
-        at = torch.tensor([row.at for row in part], device=view.device)
+    groups = _alike(view, rows, size)
+    for chosen, batch, at in _read(view, rows, groups):
         with view.record(sites, side=side, stop=True) as seen:
             view.hidden(batch)
         for site in sites:
-            found[site].append(seen[site][torch.arange(len(part), device=at.device), at].to("cpu", torch.float64))
-    return {site: torch.cat(parts) for site, parts in found.items()}
+            found[site].append(seen[site][chosen, at].to("cpu", torch.float64))
+    return {site: _in_order(parts, groups) for site, parts in found.items()}
 
 
 @torch.no_grad()
 def read_blocks_at(view: ModelView, layer: int, rows: Sequence[Row], *, size: int = 64) -> Tensor:
     """What block `layer` puts out at each row's token: `[n, d]`, float64 on the CPU."""
     found = []
-    for start in range(0, len(rows), size):
-        part = rows[start : start + size]
-        batch = pad([row.ids for row in part], device=view.device)
-        at = torch.tensor([row.at for row in part], device=view.device)
+    groups = _alike(view, rows, size)
+    for chosen, batch, at in _read(view, rows, groups):
         with view.record_blocks([layer], stop=True) as seen:
             view.hidden(batch)
-        found.append(seen[layer][torch.arange(len(part), device=at.device), at].to("cpu", torch.float64))
-    return torch.cat(found)
+        found.append(seen[layer][chosen, at].to("cpu", torch.float64))
+    return _in_order(found, groups)
+
+
+def _alike(view: ModelView, rows: Sequence[Row], size: int) -> list[list[int]]:
+    """Rows by the number of tokens that are read, `size` a group: padding costs as much as what is read."""
+    order = sorted(range(len(rows)), key=lambda index: len(_heard(view, rows[index])))
+    return [order[start : start + size] for start in range(0, len(order), size)]
+
+
+def _heard(view: ModelView, row: Row) -> tuple[int, ...]:
+    """Of a row's tokens those its own can hear."""
+    return row.ids[: row.at + 1] if view.row.causal else row.ids
+
+
+def _read(
+    view: ModelView, rows: Sequence[Row], groups: Sequence[Sequence[int]]
+) -> Iterator[tuple[Tensor, Batch, Tensor]]:
+    """A batch of each group, with the number and the token of its rows."""
+    for group in groups:
+        at = torch.tensor([rows[index].at for index in group], device=view.device)
+        batch = pad([_heard(view, rows[index]) for index in group], device=view.device)
+        yield torch.arange(len(group), device=at.device), batch, at
+
+
+def _in_order(parts: Sequence[Tensor], groups: Sequence[Sequence[int]]) -> Tensor:
+    """What was read of each group, in the order of the rows."""
+    whole = torch.cat(list(parts))
+    found = torch.empty_like(whole)
+    found[[index for group in groups for index in group]] = whole
+    return found
 
 
 @torch.no_grad()
@@ -217,102 +243,3 @@ def adam(moments: Tensor, rows: Tensor, gradient: Tensor, step: int) -> Tensor:
     moments[1, rows] = second * moments[1, rows] + (1 - second) * gradient**2
     mean = moments[0, rows] / (1 - first**step)
     return mean / ((moments[1, rows] / (1 - second**step)).sqrt() + tiny)
-
-
-@dataclass
-class Terms:
-    """Of every fact: mean nats per token asked for, KL of its essence, probability after the bare prompt."""
-
-    nll: Tensor
-    kl: Tensor
-    spoken: Tensor
-
-
-class Stage:
-    """Rows of the facts at work, run up to the edited layer once."""
-
-    def __init__(
-        self, view: ModelView, layer: int, demands: Sequence[Demand], changes: Sequence[int] | None = None
-    ) -> None:
-        """With which of the changes each row takes (those of `demands`, the essence last); by default its fact's."""
-        self.view, self.layer, self.demands = view, layer, list(demands)
-        rows = list(_rows(self.demands))
-        batch = pad([ids for _, ids, _ in rows], device=view.device)
-        with torch.no_grad(), view.record([Site(layer, Kind.MLP_OUT)], side="output") as seen:
-            self.tail = view.tail(layer, batch)
-        self.fact = torch.tensor(changes or [fact for fact, _, _ in rows], device=view.device)
-        self.at = torch.tensor([at for _, _, at in rows], device=view.device)
-        self.written = seen[Site(layer, Kind.MLP_OUT)][torch.arange(len(rows), device=view.device), self.at]
-        self._score()
-        with torch.no_grad():
-            none = torch.zeros(int(self.fact.max()) + 1, view.width, device=view.device)
-            self.clean = self._logs(none)[self.asked :]
-
-    def only(self, facts: Sequence[int]) -> Stage:
-        """The same with fewer facts."""
-        return Stage(self.view, self.layer, [self.demands[index] for index in facts])
-
-    def _score(self) -> None:
-        """Which positions are unembedded: of every prompt those that predict the target, then one of each essence."""
-        row, column, token, share, fact, bare, essence = [], [], [], [], [], [], []
-        index = 0
-        for place, demand in enumerate(self.demands):
-            for order, prompt in enumerate(demand.prompts):
-                for step, wanted in enumerate(demand.target):
-                    row.append(index)
-                    column.append(len(prompt.ids) - 1 + step)
-                    token.append(wanted)
-                    share.append(1 / (len(demand.prompts) * len(demand.target)))
-                    fact.append(place)
-                    bare.append(order == 0)
-                index += 1
-            if demand.essence is not None:
-                essence.append((place, index, demand.essence.at))
-                index += 1
-        device = self.view.device
-        self.asked = len(row)
-        self.row = torch.tensor(row + [entry[1] for entry in essence], device=device)
-        self.column = torch.tensor(column + [entry[2] for entry in essence], device=device)
-        self.token, self.share = torch.tensor(token, device=device), torch.tensor(share, device=device)
-        self.owner, self.bare = torch.tensor(fact, device=device), torch.tensor(bare, device=device)
-        self.kept = torch.tensor([entry[0] for entry in essence], dtype=torch.long, device=device)
-
-    def terms(self, change: Tensor) -> Terms:
-        """The loss terms of every fact with `change` [n, d], differentiable."""
-        spoken, now = self.spoken(change)
-        zero = spoken.new_zeros(len(self.demands))
-        nll = -zero.index_add(0, self.owner, spoken * self.share.to(spoken))
-        said = zero.index_add(0, self.owner[self.bare], spoken.detach()[self.bare]).exp()
-        kl = zero.index_add(0, self.kept, now)
-        return Terms(nll.float(), kl.float(), said.float())
-
-    def spoken(self, change: Tensor) -> tuple[Tensor, Tensor]:
-        """Log-probability of every token asked for, and KL(changed || clean) of every essence."""
-        logs = self._logs(change)
-        now = logs[self.asked :]
-        said = logs[: self.asked].gather(1, self.token[:, None])[:, 0]
-        return said, (now.exp() * (now - self.clean)).sum(1)
-
-    def _logs(self, change: Tensor) -> Tensor:
-        """Log-probabilities at the scored positions, `[k, v]`."""
-        residual = self.tail.residual
-        line = torch.arange(len(residual), device=residual.device)
-        added = residual[line, self.at] + self._moved(change[self.fact])
-        hidden = self.tail.hidden(residual.index_put((line, self.at), added.to(residual.dtype)))
-        return self.view.unembed(hidden[self.row, self.column]).log_softmax(-1)
-
-    def _moved(self, change: Tensor) -> Tensor:
-        """How far the stream moves, [n, d], where `mlp.out` writes so much more: as far, but where that is normed."""
-        site = Site(self.layer, Kind.MLP_OUT)
-        if site.kind not in self.view.row.added:
-            return change
-        more = (self.written.to(change) + change).to(self.written)
-        return (self.view.added(site, more) - self.view.added(site, self.written)).to(change)
-
-
-def _rows(demands: Sequence[Demand]) -> Iterator[tuple[int, tuple[int, ...], int]]:
-    for fact, demand in enumerate(demands):
-        for row in demand.prompts:
-            yield fact, row.ids + demand.target[:-1], row.at
-        if demand.essence is not None:
-            yield fact, demand.essence.ids, demand.essence.at

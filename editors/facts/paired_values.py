@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from editors.facts.contexts import Demand, check_context
-from editors.facts.keys_values import Descent, Stage, Values, adam
+from editors.facts.keys_values import Descent, Values, adam
+from editors.facts.stages import Stage
 from memloc.batches import Batch, pad
 from memloc.sites import Kind, Site
 from memloc.view import ModelView

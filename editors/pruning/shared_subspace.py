@@ -7,7 +7,7 @@ weights, busy inputs), so the same is asked of passages that were never trained 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -41,6 +41,9 @@ class Shared:
         under_controls: mean measure of both halves when a control's mask is pruned.
         pruned: mean size of a half's mask.
         pruned_controls: mean size of a control's mask.
+        harm_before: what is asked of ordinary text, nothing pruned; None where nothing is asked.
+        harm_halves: the same when a half's mask is pruned, mean of the two.
+        harm_controls: when a control's mask is.
     """
 
     halves: float
@@ -53,15 +56,33 @@ class Shared:
     under_controls: float
     pruned: float
     pruned_controls: float
+    harm_before: float | None = None
+    harm_halves: float | None = None
+    harm_controls: float | None = None
 
     @property
     def transfer(self) -> float | None:
         """Fall of the other half over fall of the own half: 1 if all is shared; None where nothing fell."""
         return (self.before - self.other) / (self.before - self.own) if self.before > self.own else None
 
+    @property
+    def transfer_controls(self) -> float | None:
+        """The same of a mask of passages never trained on: what damage alone makes of the fall."""
+        return (self.before - self.under_controls) / (self.before - self.own) if self.before > self.own else None
+
+    @property
+    def overlaps(self) -> bool:
+        """Whether the halves share more than chance, and than passages never trained on do with them or each other."""
+        return self.halves > max(self.chance, self.controls, self.between_controls)
+
+    @property
+    def transfers(self) -> bool | None:
+        """Whether the other half falls further than under a control's mask; None where the own half does not fall."""
+        return self.other < self.under_controls if self.before > self.own else None
+
     def to_json(self) -> dict[str, Any]:
         """As JSON values."""
-        return {**asdict(self), "transfer": self.transfer}
+        return {**asdict(self), "transfer": self.transfer, "transfer_controls": self.transfer_controls}
 
 
 def shared_subspace(
@@ -71,6 +92,8 @@ def shared_subspace(
     halves: tuple[Passages, Passages],
     controls: tuple[Passages, Passages],
     measure: Measure,
+    *,
+    harm: Callable[[ModelView], float] | None = None,
 ) -> Shared:
     """Prune for each half and for each set of controls, and compare.
 
@@ -81,20 +104,28 @@ def shared_subspace(
         halves: disjoint passages the model knows by heart.
         controls: passages never trained on, as many.
         measure: such as the share of passages recited.
+        harm: what pruning does to the rest, such as the perplexity of ordinary text; a half that falls because the
+            model broke shares nothing.
 
     Raises:
         InputError: halves that share a passage, or an edit that is no mask.
+
+    Cost: four prunings, ten measurements of half the passages, and five of harm.
     """
     if {item.ids for item in halves[0]} & {item.ids for item in halves[1]}:
         raise InputError("the halves share a passage, so their masks overlap for that alone")
-    edits = [pruner(view, replace(request, forget=rows)) for rows in (*halves, *controls)]
-    masks = [pruned(edit) for edit in edits]
+    edits, masks = [], []
+    for rows in (*halves, *controls):
+        edits.append(pruner(view, replace(request, forget=rows)))
+        masks.append(pruned(edits[-1]))
     before = [measure(view, rows) for rows in halves]
-    after = []
+    harms, after = [harm(view)] if harm else [], []
     for edit in edits:
         with edit.apply(view):
             after.append([measure(view, rows) for rows in halves])
+            harms += [harm(view)] if harm else []
     sizes = [float(sum(int(mask.sum()) for mask in found.values())) for found in masks]
+    harmed = [harms[0], sum(harms[1:3]) / 2, sum(harms[3:]) / 2] if harm else [None] * 3
     return Shared(
         halves=overlap(masks[0], masks[1]),
         chance=chance_overlap(masks[0], masks[1]),
@@ -106,22 +137,36 @@ def shared_subspace(
         under_controls=sum(after[2] + after[3]) / 4,
         pruned=sum(sizes[:2]) / 2,
         pruned_controls=sum(sizes[2:]) / 2,
+        harm_before=harmed[0],
+        harm_halves=harmed[1],
+        harm_controls=harmed[2],
     )
 
 
-def pruned(edit: Edit) -> dict[Site, Tensor]:
-    """The entries of matrices an edit changes.
+def pruned(edit: Edit) -> Masks:
+    """The entries of matrices an edit changes, each matrix's made when asked for: four of a whole model are large.
 
     Raises:
         InputError: the edit is of low rank, so it changes them all.
     """
-    found = {}
     for site, delta in edit.deltas.items():
         if isinstance(delta, LowRank):
             raise InputError(f"{site}: the change is of low rank and picks no weights; masks cannot be compared")
-        if not site.bias:
-            found[site] = delta.dense() != 0
-    return found
+    return _Pruned(edit)
+
+
+class _Pruned(Mapping[Site, Tensor]):
+    def __init__(self, edit: Edit) -> None:
+        self._deltas = {site: delta for site, delta in edit.deltas.items() if not site.bias}
+
+    def __getitem__(self, site: Site) -> Tensor:
+        return self._deltas[site].dense() != 0
+
+    def __iter__(self) -> Iterator[Site]:
+        return iter(self._deltas)
+
+    def __len__(self) -> int:
+        return len(self._deltas)
 
 
 def overlap(first: Masks, second: Masks) -> float:

@@ -34,10 +34,10 @@ def outline(data: Mapping[str, Any]) -> list[Block]:
     blocks: list[Block] = [Heading(2, "Result")] if judged else []
     if data["verdicts"]:
         blocks.append(Verdicts(tuple(data["verdicts"])))
-    if data["comparisons"] or not data["localizations"]:
+    tables = data.get("sheets", ())  # reports of an earlier version have none
+    if data["comparisons"] or not (data["localizations"] or data["curves"] or tables):
         blocks += headline(data["comparisons"])
-    # Reports of an earlier version have none.
-    blocks += sheets(data.get("sheets", ()))
+    blocks += sheets(tables)
     for title, part in (
         ("Findings", _notes(data["notes"])),
         ("Curves", _curves(data["curves"])),

@@ -9,9 +9,9 @@ once a model and layer; its time is told apart.
 from __future__ import annotations
 
 import argparse
-import time
 
 import torch
+from alternating import cpu_seconds
 
 from editors.facts.closed_forms import Factor, insert_pairs
 
@@ -28,18 +28,10 @@ def main() -> None:
     moment, weight = text.T @ text / len(text), 0.02 * args.width
     keys = torch.randn(args.width, args.keys, generator=draw, dtype=torch.float64)
     missing = torch.randn(args.out, args.keys, generator=draw, dtype=torch.float64)
-    start = time.process_time()
-    slow = torch.linalg.solve(weight * moment + keys @ keys.T, keys)
-    dense = time.process_time() - start
-    start = time.process_time()
-    factor = Factor.of(moment)
-    once = time.process_time() - start
-    start = time.process_time()
-    pairs = insert_pairs(keys, missing, Factor.of(moment, damping=0), slack=weight)
-    whole = time.process_time() - start
-    start = time.process_time()
-    insert_pairs(keys, missing, factor, slack=weight)
-    fast = time.process_time() - start
+    dense, slow = cpu_seconds(lambda: torch.linalg.solve(weight * moment + keys @ keys.T, keys))
+    once, factor = cpu_seconds(lambda: Factor.of(moment))
+    whole, pairs = cpu_seconds(lambda: insert_pairs(keys, missing, Factor.of(moment, damping=0), slack=weight))
+    fast, _ = cpu_seconds(lambda: insert_pairs(keys, missing, factor, slack=weight))
     error = float((pairs.right.T - slow).norm() / slow.norm())
     print(f"f {args.width}, n {args.keys}, threads {torch.get_num_threads()}: dense {dense:.2f} s, factor once "
           f"{once:.2f} s, solve {fast:.3f} s: {dense / fast:.0f}x with the factor at hand, {dense / whole:.1f}x "

@@ -6,7 +6,8 @@ Run: python scripts/benchmark/engines.py MODEL PASSAGES
 from __future__ import annotations
 
 import sys
-import time
+
+from alternating import cpu_seconds
 
 from memloc.engines.engine import ENGINES
 from memloc.localizers.activation import Activation
@@ -24,9 +25,7 @@ def main(model: str, data: str) -> None:
         view = ModelView.open(model, engine=engine)
         Activation()(view, passages)
         for method in (Activation(), GradActivation()):
-            start = time.process_time()
-            found = method(view, passages).mean()
-            spent = time.process_time() - start
+            spent, found = cpu_seconds(lambda method=method, view=view: method(view, passages).mean())
             name = type(method).__name__
             mine = first.setdefault(name, found)
             away = max(float((found.scores[site] - mine.scores[site]).abs().max()) for site in mine.scores)

@@ -3,7 +3,7 @@
 The references are transformers' `generate` with its key-value cache, as many tokens as the suffix has, then a
 comparison: row by row, the plain loop; and batched like our pass, rows of one prefix length together so that nothing
 is padded. Half of the suffixes are what the model says, a quarter have one token changed, a quarter are random, so
-verdicts are mixed. All run alternately in one process; a ratio is one of median CPU times.
+verdicts are mixed. All run alternately in one process; a ratio is one of the least CPU times.
 
 Both do the same arithmetic; what the pass saves is doing it a token at a time. Against the plain loop that is most
 of the time; against large batches on one core, where a step is no longer bound by reading weights, about half.
@@ -15,14 +15,12 @@ of the time; against large batches on one core, where a step is no longer bound 
 from __future__ import annotations
 
 import argparse
-import statistics
 import sys
-import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
+from alternating import alternately
 from transformers import AutoModelForCausalLM, GPT2Config
 
 from memloc.measures.extraction import Extraction
@@ -110,13 +108,6 @@ def by_one_pass(view: ModelView, passages: Passages, batch: int) -> list[bool]:
     return [row["strict"] for row in Extraction(batch_size=batch)(view, passages).rows]
 
 
-def timed(run: Callable[[], list[bool]]) -> tuple[float, list[bool]]:
-    """CPU seconds of all threads, and the verdicts."""
-    start = time.process_time()
-    verdicts = run()
-    return time.process_time() - start, verdicts
-
-
 def compare(name: str, view: ModelView, passages: Passages, *, repeats: int, batch: int) -> bool:
     """Time all, alternately; print; say whether verdicts agree on every row and the plain loop is slow enough."""
     runs = {
@@ -124,23 +115,18 @@ def compare(name: str, view: ModelView, passages: Passages, *, repeats: int, bat
         "generate, row by row": lambda: by_generation(view, passages, 1),
         f"generate, batches of {batch}": lambda: by_generation(view, passages, batch),
     }
-    times: dict[str, list[float]] = {label: [] for label in runs}
-    differ: set[str] = set()
-    for _ in range(repeats):
-        ours: list[bool] = []
-        for label, run in runs.items():
-            seconds, verdicts = timed(run)
-            times[label].append(seconds)
-            ours = ours or verdicts
-            differ |= {item.id for item, a, b in zip(passages, ours, verdicts, strict=True) if a != b}
+    timed = alternately(runs, repeats)
+    ours = timed.results["one pass"]
+    differ = {
+        item.id
+        for verdicts in timed.results.values()
+        for item, a, b in zip(passages, ours, verdicts, strict=True)
+        if a != b
+    }
     print(f"{name}: {len(passages)} rows, {sum(ours)} strict, verdicts differ on {len(differ)} {sorted(differ) or ''}")
-    ratios = []
-    for label, seconds in times.items():
-        ratios.append(statistics.median(seconds) / statistics.median(times["one pass"]))
-        each = ", ".join(f"{second:.2f}" for second in seconds)
-        print(f"  {label:24} {statistics.median(seconds):6.2f} CPU-s ({each})  ratio {ratios[-1]:.1f}", flush=True)
-    print(f"  target: row by row, at least {TARGET:g}")
-    return not differ and ratios[1] >= TARGET
+    timed.show("one pass")
+    print(f"target: row by row, at least {TARGET:g}")
+    return not differ and timed.ratio("generate, row by row", "one pass") >= TARGET
 
 
 if __name__ == "__main__":

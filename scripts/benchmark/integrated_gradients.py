@@ -11,10 +11,10 @@ Prints the largest difference in float64 and the ratio of CPU times (float32, al
 from __future__ import annotations
 
 import argparse
-import time
 from collections.abc import Callable
 
 import torch
+from alternating import alternately, keep
 from torch import Tensor
 from transformers import GPT2Config, GPT2LMHeadModel
 
@@ -50,16 +50,11 @@ def main() -> None:
     print(f"largest score {float(plain.abs().max()):.3g}, largest difference in float64 {gap:.2g}")
 
     view = views[torch.float32]
-    times: dict[str, list[float]] = {"memloc": [], "plain loop": []}
-    for _ in range(given.rounds):
-        times["memloc"].append(cpu_seconds(lambda: fast(view, passages, method)))
-        times["plain loop"].append(cpu_seconds(lambda: slow(view, passages, given.nodes)))
-    for name, found in times.items():
-        print(f"{name}: {min(found):.3f} CPU-s (rounds: {', '.join(f'{entry:.3f}' for entry in found)})")
-    ratio = min(times["plain loop"]) / min(times["memloc"])
-    print(f"ratio {ratio:.1f}")
-    if gap > 1e-8 or ratio < 10:
-        raise SystemExit("the promise (equal to 1e-8, at least 10 times less CPU time) is not kept")
+    timed = alternately({
+        "memloc": lambda: fast(view, passages, method), "plain loop": lambda: slow(view, passages, given.nodes),
+    }, given.rounds)  # fmt: skip
+    timed.show("memloc")
+    keep("equal to 1e-8, at least 10 times less CPU time", gap <= 1e-8, timed.ratio("plain loop", "memloc") >= 10)
 
 
 def open_view(model: str | None, dtype: torch.dtype) -> ModelView:
@@ -122,13 +117,6 @@ def slow(view: ModelView, passages: Passages, nodes: int) -> Tensor:
 def put_last(scaled: Tensor) -> Callable[[object, Tensor], Tensor]:
     """Replace what enters at the last position, row by row."""
     return lambda _, entering: torch.cat([entering[:, :-1], scaled[:, None]], 1)
-
-
-def cpu_seconds(work: Callable[[], object]) -> float:
-    """CPU time of this process."""
-    start = time.process_time()
-    work()
-    return time.process_time() - start
 
 
 if __name__ == "__main__":

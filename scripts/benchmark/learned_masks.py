@@ -12,10 +12,10 @@ Prints the largest difference of masks in float64 and the ratios of CPU times (f
 from __future__ import annotations
 
 import argparse
-import time
 from collections.abc import Callable
 
 import torch
+from alternating import alternately, keep
 from torch import Tensor
 from transformers import GPT2Config, GPT2LMHeadModel
 
@@ -53,16 +53,9 @@ def main() -> None:
         "alone": lambda: [together(view, passages[row : row + 1], method) for row in range(len(passages))],
         "plain loop": lambda: plain(view, passages, method),
     }
-    times: dict[str, list[float]] = {name: [] for name in ways}
-    for _ in range(given.rounds):
-        for name, work in ways.items():
-            times[name].append(cpu_seconds(work))
-    least = {name: min(found) for name, found in times.items()}
-    for name, found in times.items():
-        rounds = ", ".join(f"{entry:.3f}" for entry in found)
-        print(f"{name}: {least[name]:.3f} CPU-s, {least[name] / least['one run']:.1f} times one run (rounds: {rounds})")
-    if gap > 1.1 * TIE or least["alone"] < least["one run"]:
-        raise SystemExit("the promise (the same masks, for less) is not kept")
+    timed = alternately(ways, given.rounds)
+    timed.show("one run")
+    keep("the same masks, for less", gap <= 1.1 * TIE, timed.ratio("alone", "one run") >= 1)
 
 
 def open_view(model: str | None, dtype: torch.dtype) -> ModelView:
@@ -109,13 +102,6 @@ def plain(view: ModelView, passages: Passages, method: Slimming) -> Tensor:
         found.append(gates.detach())
         view.model.zero_grad(set_to_none=True)
     return torch.stack(found, 1)
-
-
-def cpu_seconds(work: Callable[[], object]) -> float:
-    """CPU time of this process."""
-    start = time.process_time()
-    work()
-    return time.process_time() - start
 
 
 if __name__ == "__main__":

@@ -12,10 +12,10 @@ Prints the largest relative difference of the moments and the ratio of CPU times
 from __future__ import annotations
 
 import argparse
-import time
 from collections.abc import Callable
 
 import torch
+from alternating import alternately, keep
 from torch import Tensor
 from transformers import GPT2Config, GPT2LMHeadModel
 
@@ -53,13 +53,6 @@ def layer_by_layer(view: ModelView, text: Passages, sites: list[Site], rows: int
     return found
 
 
-def cpu_seconds(work: Callable[[], object]) -> float:
-    """CPU time of one call."""
-    started = time.process_time()
-    work()
-    return time.process_time() - started
-
-
 def main() -> None:
     """Compare, print, and fail where the promise is not kept."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -88,16 +81,10 @@ def main() -> None:
     gap = max(float((made.mean(site) - plain[site]).norm() / plain[site].norm()) for site in sites)
     print(f"{made.count} tokens, layers {sites[0].layer} to {sites[-1].layer} of {view.layers}, {view.neurons} neurons")
     print(f"largest relative difference {gap:.2g} (the plain way sums in float32)")
-    times: dict[str, list[float]] = {name: [] for name in ways}
-    for _ in range(given.rounds):
-        for name, work in ways.items():
-            times[name].append(cpu_seconds(work))
-    for name, found in times.items():
-        print(f"{name}: {min(found):.2f} CPU-s (rounds: {', '.join(f'{entry:.2f}' for entry in found)})")
-    ratio = min(times["layer by layer"]) / min(times["one pass"])
-    print(f"ratio {ratio:.2f}")
-    if gap > 1e-5 or ratio < given.ratio:
-        raise SystemExit(f"the promise (equal to 1e-5, at least {given.ratio} times less CPU time) is not kept")
+    timed = alternately(ways, given.rounds)
+    timed.show("one pass")
+    cheap = timed.ratio("layer by layer", "one pass") >= given.ratio
+    keep(f"equal to 1e-5, at least {given.ratio} times less CPU time", gap <= 1e-5, cheap)
 
 
 if __name__ == "__main__":

@@ -11,10 +11,9 @@ rounds).
 from __future__ import annotations
 
 import argparse
-import time
-from collections.abc import Callable
 
 import torch
+from alternating import alternately, keep
 from torch import Tensor
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 
@@ -49,15 +48,10 @@ def main() -> None:
           f"{exact.neurons} neurons, {plain.shape[1]} maps, batches of {method.batch_size}")  # fmt: skip
     print(f"largest relative difference in float64 {gap:.2g} (scores are rounded to float32)")
 
-    view, times = views[torch.float32], dict[str, list[float]]()
-    for _ in range(given.rounds):
-        times.setdefault("memloc", []).append(cpu_seconds(lambda: batched(view, passages, method)))
-        times.setdefault("plain loop", []).append(cpu_seconds(lambda: loop(view, passages)))
-    for name, found in times.items():
-        print(f"{name}: {min(found):.3f} CPU-s (rounds: {', '.join(f'{entry:.3f}' for entry in found)})")
-    print(f"ratio {min(times['plain loop']) / min(times['memloc']):.2f}")
-    if gap > 1e-6:
-        raise SystemExit("the norms are not those of the loop")
+    view = views[torch.float32]
+    ways = {"memloc": lambda: batched(view, passages, method), "plain loop": lambda: loop(view, passages)}
+    alternately(ways, given.rounds).show("memloc")
+    keep("the norms are those of the loop", gap <= 1e-6)
 
 
 def open_view(given: argparse.Namespace, dtype: torch.dtype) -> ModelView:
@@ -100,13 +94,6 @@ def loop(view: ModelView, passages: Passages) -> Tensor:
             places = [view.place(site) for site in sites]
             rows.append(torch.stack([place.read(found[place.parameter]).norm() for place in places]))
     return torch.stack(rows).double()
-
-
-def cpu_seconds(work: Callable[[], object]) -> float:
-    """CPU time of this process."""
-    start = time.process_time()
-    work()
-    return time.process_time() - start
 
 
 if __name__ == "__main__":

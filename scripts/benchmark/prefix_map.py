@@ -12,10 +12,10 @@ Fails where a count differs, or where the map takes more than a fifth of the pla
 from __future__ import annotations
 
 import argparse
-import time
 from collections.abc import Callable
 
 import torch
+from alternating import alternately, keep
 from torch import Tensor
 from transformers import GPT2Config, GPT2LMHeadModel
 
@@ -43,24 +43,15 @@ def main() -> None:
         "plain loop": lambda: [plain(view, item, exchanges, whole) for item in passages],
         "plain loop, cached": lambda: [plain(view, item, exchanges, cached) for item in passages],
     }
-    times: dict[str, list[float]] = {name: [] for name in ways}
-    counts = {}
-    for _ in range(given.rounds):
-        for name, way in ways.items():
-            start = time.process_time()
-            counts[name] = torch.cat([entry.reshape(-1) for entry in way()])
-            times[name].append(time.process_time() - start)
+    timed = alternately(ways, given.rounds)
+    counts = {name: torch.cat([entry.reshape(-1) for entry in found]) for name, found in timed.results.items()}
     shape = passages[0]
     print(f"{len(passages)} passages of {len(shape.prefix)}+{len(shape.suffix)} tokens, {view.layers} layers, "
           f"width {view.width}, {given.alternatives} alternatives")  # fmt: skip
-    for name, found in times.items():
-        same = torch.equal(counts[name], counts["memloc"])
-        print(f"{name}: {min(found):.3f} CPU-s (rounds: {', '.join(f'{entry:.3f}' for entry in found)})"
-              f"{'' if same else ', other counts'}")  # fmt: skip
-    ratios = {name: min(found) / min(times["memloc"]) for name, found in times.items() if name != "memloc"}
-    print(", ".join(f"{name}: ratio {ratio:.1f}" for name, ratio in ratios.items()))
-    if ratios["plain loop"] < 5 or not all(torch.equal(found, counts["memloc"]) for found in counts.values()):
-        raise SystemExit("the promise (the same counts, at least 5 times less CPU time) is not kept")
+    same = {name: torch.equal(found, counts["memloc"]) for name, found in counts.items()}
+    timed.show("memloc", {name: ", other counts" for name, found in same.items() if not found})
+    cheap = timed.ratio("plain loop", "memloc") >= 5
+    keep("the same counts, at least 5 times less CPU time", cheap, *same.values())
 
 
 def material(given: argparse.Namespace) -> tuple[ModelView, Passages]:

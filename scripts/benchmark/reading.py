@@ -12,10 +12,10 @@ Prints the largest difference and the ratio of CPU times (float32, alternating, 
 from __future__ import annotations
 
 import argparse
-import time
 from collections.abc import Callable, Mapping
 
 import torch
+from alternating import alternately
 from torch import Tensor
 from transformers import GPT2Config, GPT2LMHeadModel
 
@@ -47,10 +47,10 @@ def main() -> None:
         "triggers": (lambda: table(view, texts), lambda: kept(view, texts)),
     }
     for name, (mine, plain) in ways.items():
-        gap = float((mine() - plain()).abs().max())
-        times = [[cpu_seconds(way) for way in (mine, plain)] for _ in range(given.rounds)]
-        one, other = (min(column) for column in zip(*times, strict=True))
-        print(f"{name}: {one:.2f} CPU-s, plainly {other:.2f}; ratio {other / one:.2f}; largest difference {gap:.2g}")
+        timed = alternately({"memloc": mine, "plainly": plain}, given.rounds)
+        gap = float((timed.results["memloc"] - timed.results["plainly"]).abs().max())
+        print(f"{name}: largest difference {gap:.2g}")
+        timed.show("memloc")
     for many in (given.texts // 2, given.texts):
         sizes = [highest(view, lambda way=way, many=many: way(view, texts[:many])) for way in (table, kept)]
         print(f"triggers of {many} texts: {sizes[0] / 2**20:.0f} MB, all kept {sizes[1] / 2**20:.0f} MB")
@@ -122,13 +122,6 @@ def kept(view: ModelView, texts: Passages) -> Tensor:
         parts.append(torch.stack([seen[site][:, :-1].flatten(0, 1) for site in sites]))
     best = torch.cat(parts, 1).clamp_min(0).sort(1, descending=True).values[:, :TRIGGERS]
     return best.transpose(1, 2)
-
-
-def cpu_seconds(work: Callable[[], object]) -> float:
-    """CPU time of one call."""
-    start = time.process_time()
-    work()
-    return time.process_time() - start
 
 
 def highest(view: ModelView, work: Callable[[], object]) -> int:

@@ -14,10 +14,10 @@ from __future__ import annotations
 import argparse
 import copy
 import tempfile
-import time
 from pathlib import Path
 
 import torch
+from alternating import alternately
 from safetensors.torch import save_file
 from transformers import GPT2Config, GPT2LMHeadModel
 
@@ -40,19 +40,13 @@ def main() -> None:
         stored = {name: part.detach().clone() for name, part in other.model.named_parameters()}
         save_file(stored, Path(folder) / "model.safetensors")
         method = LayerRewind(earlier=folder, window=0)
-        times: dict[str, list[float]] = {"memloc": [], "plain loop": []}
-        for _ in range(given.rounds):
-            start = time.process_time()
-            found = method(view, passages).notes["rise"]
-            times["memloc"].append(time.process_time() - start)
-            start = time.process_time()
-            expected = plain(view, other, passages)
-            times["plain loop"].append(time.process_time() - start)
+        timed = alternately({
+            "memloc": lambda: method(view, passages).notes["rise"], "plain loop": lambda: plain(view, other, passages),
+        }, given.rounds)  # fmt: skip
+    found, expected = timed.results["memloc"], timed.results["plain loop"]
     gap = max(abs(next(iter(found[name].values())) - value) for name, value in expected.items())
     print(f"{len(expected)} windows of {given.layers} layers, {len(passages)} passages: largest difference {gap:.2g}")
-    for name, rounds in times.items():
-        print(f"{name}: {min(rounds):.2f} CPU-s (rounds: {', '.join(f'{entry:.2f}' for entry in rounds)})")
-    print(f"ratio {min(times['plain loop']) / min(times['memloc']):.1f}")
+    timed.show("memloc")
 
 
 @torch.no_grad()

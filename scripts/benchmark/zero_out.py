@@ -11,10 +11,10 @@ Prints the largest difference in float64 and the ratio of CPU times (float32, al
 from __future__ import annotations
 
 import argparse
-import time
 from collections.abc import Callable
 
 import torch
+from alternating import alternately, keep
 from torch import Tensor
 from transformers import GPT2Config, GPT2LMHeadModel
 
@@ -56,16 +56,10 @@ def main() -> None:
         "memloc": lambda: fast(view, passages),
         "plain loop": lambda: slow(view, passages, given.rows),
     }
-    times: dict[str, list[float]] = {name: [] for name in ways}
-    for _ in range(given.rounds):
-        for name, work in ways.items():
-            times[name].append(cpu_seconds(work))
-    for name, found in times.items():
-        print(f"{name}: {min(found):.3f} CPU-s (rounds: {', '.join(f'{entry:.3f}' for entry in found)})")
-    ratio = min(times["plain loop"]) / min(times["memloc"])
-    print(f"ratio {ratio:.2f}")
-    if gap > 1e-6 * max(1.0, float(plain.abs().max())) or ratio < given.ratio:
-        raise SystemExit(f"the promise (equal to float32, at least {given.ratio} times less CPU time) is not kept")
+    timed = alternately(ways, given.rounds)
+    timed.show("memloc")
+    equal, cheap = gap <= 1e-6 * max(1.0, float(plain.abs().max())), timed.ratio("plain loop", "memloc") >= given.ratio
+    keep(f"equal to float32, at least {given.ratio} times less CPU time", equal, cheap)
 
 
 def open_view(given: argparse.Namespace, dtype: torch.dtype) -> ModelView:
@@ -120,13 +114,6 @@ def plain_nll(view: ModelView, item: Passage, rows: int) -> Tensor:
     start = len(item.prefix)
     spoken = view.model(batch.ids, use_cache=False).logits[:, start - 1 : -1].log_softmax(-1)
     return -spoken.gather(-1, batch.ids[:, start:, None])[..., 0].mean(1)
-
-
-def cpu_seconds(work: Callable[[], object]) -> float:
-    """CPU time of this process."""
-    start = time.process_time()
-    work()
-    return time.process_time() - start
 
 
 if __name__ == "__main__":
