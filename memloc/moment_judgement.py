@@ -23,8 +23,9 @@ ENOUGH = 0.5
 HOPELESS = 4.0
 """1 / (1 - f/n) of a half from which on nothing is known of the least there could be: f/n is 3/4 or more."""
 
-FLOOR = 1e-6
-"""The least a half is shrunk by before it is inverted: neurons that never fire make it singular."""
+FLOOR = 1e-5
+"""The least a half is shrunk by before it is inverted: neurons that never fire make it singular, and its products are
+rounded to float32."""
 
 
 @dataclass(frozen=True, kw_only=True)
