@@ -109,8 +109,8 @@ class Work:
             for index, fact in enumerate(self.facts)
         ]  # fmt: skip
         written = [self.asked.rows[row] for row in self.asked.first.tolist()]
-        notes = {"passes": seen, **self.notes}
-        return dict(final), {"facts": facts, "layers": grown, **notes, NOTE: note_of(written, self.layers)}
+        notes = {"passes": seen, **self.notes, NOTE: note_of(written, self.layers, self.kept.others)}
+        return dict(final), {"facts": facts, "layers": grown, **notes}
 
     def _once(self, values: Values) -> dict[Site, LowRank]:
         """The change of each layer, lowest first."""

@@ -35,6 +35,8 @@ class Protected:
         asked: of each of these the token behind which its answer stands.
         said: what the model says by itself, every token of it.
         past: where edits already made were written.
+        counts: of each.
+        others: those of `named` that nobody named, and no earlier edit protected.
     """
 
     named: tuple[Row, ...] = ()
@@ -42,6 +44,7 @@ class Protected:
     said: tuple[Row, ...] = ()
     past: tuple[Row, ...] = ()
     counts: Mapping[str, int] = field(default_factory=dict)
+    others: tuple[Row, ...] = ()
 
     def without(self, rows: Collection[Row]) -> Protected:
         """The same with these not among the named ones."""
@@ -103,14 +106,24 @@ def rows_predicting(passages: Passages | None) -> tuple[Row, ...]:
 
 def rows_of_past(past: Iterable[Edit]) -> tuple[Row, ...]:
     """Where earlier edits were written, by their notes; edits without such notes (of passages, say) have none."""
+    return _noted(past, "rows")
+
+
+def others_of_past(past: Iterable[Edit]) -> tuple[Row, ...]:
+    """Prompts about others that earlier edits protected: what they spared, later ones should."""
+    return tuple(dict.fromkeys(_noted(past, "others")))
+
+
+def _noted(past: Iterable[Edit], name: str) -> tuple[Row, ...]:
     return tuple(
-        Row(tuple(ids), at) for edit in past for ids, at in edit.notes.get(NOTE, {}).get("rows", ()) if len(ids) > at
+        Row(tuple(ids), at) for edit in past for ids, at in edit.notes.get(NOTE, {}).get(name, ()) if len(ids) > at
     )
 
 
-def note_of(rows: Sequence[Row], layers: Sequence[int]) -> dict[str, Any]:
-    """What `rows_of_past` reads back from an edit."""
-    return {"layers": list(layers), "rows": [[list(row.ids), row.at] for row in rows]}
+def note_of(rows: Sequence[Row], layers: Sequence[int], others: Sequence[Row] = ()) -> dict[str, Any]:
+    """What `rows_of_past` and `others_of_past` read back from an edit."""
+    found: dict[str, Any] = {"layers": list(layers), "rows": [[list(row.ids), row.at] for row in rows]}
+    return found if not others else {**found, "others": [[list(row.ids), row.at] for row in others]}
 
 
 @torch.no_grad()
@@ -153,6 +166,8 @@ def protected_rows(
     for fact in facts:
         if fact.prompt.subject is not None and amounts.namesakes:
             made += [row_of(prompt, token) for prompt in namesakes(view, fact.prompt, amounts.namesakes, generator)]
+    before = others_of_past(request.past) if amounts.namesakes else ()
+    made += before
     best = [
         says
         for start in range(0, len(made), 256)
@@ -168,7 +183,8 @@ def protected_rows(
     counts = {"named": len(given) + len(retained), "namesakes": len(own), "said": len(said), "past": len(past)}
     # A fact is answered behind its prompt, wherever it is edited; of a passage every token is an answer.
     asked = (*(len(row.ids) - 1 for row in given + own), *(row.at for row in retained))
-    return Protected(given + own + retained, asked, said, past, counts)
+    fresh = tuple(row for row in own if row not in set(before))
+    return Protected(given + own + retained, asked, said, past, counts, fresh)
 
 
 def _subject(fact: Fact) -> tuple[int, ...]:

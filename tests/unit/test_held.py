@@ -1,6 +1,7 @@
 """Edits of facts made in passes: what the first would change is held, what it misses is demanded more strictly."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from editors.facts.batch_edit import Work
 from editors.facts.contexts import Row
 from editors.facts.held import Watch, likeliest
 from editors.facts.keys_values import read_at
-from editors.facts.protected import Protected
+from editors.facts.protected import Protected, others_of_past, pins, spellings
 from editors.rewriters.alphaedit import AlphaEdit
 from editors.rewriters.emmet import Emmet
 from editors.rewriters.memit import Memit
@@ -132,3 +133,24 @@ def test_edits_in_passes_are_the_same_twice(view, facts):
     one, other = (worked(Memit(**STRONG), view, facts).solved()[0] for _ in range(2))
     for site, delta in one.items():
         assert_close(delta.dense(), other[site].dense(), rtol=0, atol=0)
+
+
+def test_a_later_edit_spares_the_others_that_an_earlier_one_spared(view, facts):
+    """Known by its notes, once only; not those that now are to change, nor where no namesakes are wanted."""
+    text = Passages.from_texts([*TEXT], view.tokenizer, window=12)
+    editor = Memit(**STRONG)
+    first = editor(view, Request(facts=facts[:1], text=text))
+    spared = others_of_past([first])
+    assert spared and set(spared) <= set(
+        Work.of(editor, view, Request(facts=facts[:1], text=text), facts[:1]).kept.named
+    )
+    with first.apply(view):
+        later = Request(facts=facts[1:], text=text, past=(first, first))
+        kept = Work.of(editor, view, later, facts[1:]).kept
+        alone = Work.of(editor, view, replace(later, past=()), facts[1:]).kept
+        bare = Work.of(replace(editor, namesakes=0), view, later, facts[1:]).kept
+    edited = [(spellings(view, facts[1]), facts[1].target_true[0])]
+    says = {row: int(view.model(torch.tensor([row.ids])).logits[0, row.at].argmax()) for row in spared}
+    free = {row for row in spared if not pins(row.ids, row.at, {row.at: says[row]}, edited, "prompt-last")}
+    assert set(kept.named) == set(alone.named) | free and len(set(kept.named)) == len(kept.named)
+    assert not set(kept.others) & set(spared) and bare.named == ()
