@@ -123,6 +123,7 @@ def main() -> None:
     editor = Memit(
         moment=collected, prefixes=("Then", "In the end", "They said") if view.tokenizer else (), steps=args.steps,
         kl_weight=0.0, recalls=0, protect=0.0, namesakes=0, replay=0.0, sentences=0, price=0.0, stop_below=0.0, lr=0.05,
+        passes=1,
     )  # fmt: skip
     asked = Request(facts=facts)
     work, means = Work.of(editor, view, asked, facts), {site: collected.mean(site) for site in sites}
