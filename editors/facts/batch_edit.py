@@ -89,10 +89,10 @@ class Work:
 
     def solved(self) -> tuple[dict[Site, Delta], dict[str, Any]]:
         """The deltas, and what is worth knowing of them."""
-        work, watch, seen = self, Watch.of(self.view, self.kept, self.demands), []
-        values = work._values()
+        work, values, seen = self, self._values(), list[dict[str, int]]()
         deltas = work._once(values)
-        for _ in range(1, self.editor.passes):
+        watch = Watch.of(self.view, self.kept, self.demands) if self.editor.passes > 1 else None
+        while watch is not None and len(seen) + 1 < self.editor.passes:
             lost, missed = watch.lost(deltas), watch.missed(deltas)
             seen.append({"lost": len(lost.named), "lost own": len(lost.said), "missed": len(missed)})
             again = work._pressed(lost, missed)

@@ -32,7 +32,8 @@ class Memit(BatchEditor):
     Raises:
         InputError: neither text nor moments, no facts, facts that contradict each other, a layer the model has not.
 
-    Cost: one factor of C a layer (f³/3), then 2 f² a key; values: `steps` passes through the blocks above.
+    Cost: one factor of C a layer (f³/3), then 2 f² a key; values: `steps` runs through the blocks above. From the
+    second of the `passes` on, a forward of all that is protected besides, and another factor where much is held.
 
     Source: Meng et al. 2023, arXiv:2210.07229; spreading to first and last: Gu et al. 2025 (BLUE). Protected keys, the
     model's own ways to a fact and the price of values are ours.
