@@ -16,8 +16,8 @@ from torch import Tensor
 from editors.deltas import Delta
 from editors.facts.contexts import Demand, Row
 from editors.facts.protected import Protected
+from editors.facts.together import likeliest
 from editors.hook_form import as_if
-from memloc.batches import pad
 from memloc.sites import Site
 from memloc.view import ModelView
 
@@ -85,21 +85,3 @@ class Watch:
 def _answered(kept: Protected) -> tuple[Row, ...]:
     """The rows of what is kept, at the tokens behind which the answers stand."""
     return (*(Row(row.ids, at) for row, at in zip(kept.named, kept.asked, strict=True)), *kept.said)
-
-
-@torch.no_grad()
-def likeliest(view: ModelView, rows: Sequence[Row], *, size: int = 256) -> Tensor:
-    """The likeliest next token behind each row's token, `[n]` on the CPU. Rows of the same ids share a forward."""
-    places: dict[tuple[int, ...], list[int]] = {}
-    for index, row in enumerate(rows):
-        places.setdefault(row.ids, []).append(index)
-    found = torch.zeros(len(rows), dtype=torch.long)
-    texts = sorted(places, key=len)
-    for start in range(0, len(texts), size):
-        part = texts[start : start + size]
-        batch = pad(part, device=view.device)
-        mine = [index for ids in part for index in places[ids]]
-        line = torch.tensor([order for order, ids in enumerate(part) for _ in places[ids]], device=view.device)
-        at = torch.tensor([rows[index].at for index in mine], device=view.device)
-        found[mine] = view.logits_at(batch, line, at).argmax(-1).cpu()
-    return found

@@ -17,7 +17,7 @@ from editors.base import Request
 from editors.edit import Edit
 from editors.facts.contexts import Row, Token, row_of, sample
 from editors.facts.own_words import kin, namesakes
-from memloc.batches import pad
+from editors.facts.together import likeliest, together
 from memloc.passages import Fact, Facts, Passages, encode
 from memloc.sites import Site
 from memloc.view import ModelView
@@ -71,22 +71,14 @@ def second_moment_at(
     view: ModelView, sites: Sequence[Site], rows: Sequence[Row], *, size: int = 256
 ) -> dict[Site, Tensor]:
     """Mean of k kᵀ over `rows`, each at its token: site to `[f, f]` float64. Rows of the same ids share a forward."""
-    places: dict[tuple[int, ...], list[int]] = {}
-    for row in rows:
-        places.setdefault(row.ids, []).append(row.at)
     found = {
         site: torch.zeros(view.weight(site).shape[1], view.weight(site).shape[1], dtype=torch.float64) for site in sites
     }
-    texts = sorted(places, key=len)
-    for start in range(0, len(texts), size):
-        part = texts[start : start + size]
-        batch = pad(part, device=view.device)
-        line = torch.tensor([index for index, ids in enumerate(part) for _ in places[ids]], device=view.device)
-        at = torch.tensor([place for ids in part for place in places[ids]], device=view.device)
+    for part in together(view, rows, size=size):
         with view.record(sites, stop=True) as seen:
-            view.hidden(batch)
+            view.hidden(part.batch)
         for site in sites:
-            keys = seen[site][line, at].to("cpu", torch.float64)
+            keys = seen[site][part.line, part.at].to("cpu", torch.float64)
             found[site] += keys.T @ keys / len(rows)
     return found
 
@@ -144,13 +136,7 @@ def own_sentences(
     drawn = torch.randint(len(starts), (amounts.sentences,), generator=generator)
     texts = sample(view, [(starts[index],) for index in drawn.tolist()], length, generator, top_k=top_k)
     edited = [(spellings(view, fact), fact.target_true[0]) for fact in facts]
-    found = []
-    for first in range(0, len(texts), 256):
-        part = texts[first : first + 256]
-        best = _likeliest(view, part)
-        for ids, says in zip(part, best, strict=True):
-            found += [Row(ids, at) for at in range(1, length) if not pins(ids, at, says, edited, token)]
-    return tuple(found)
+    return _free(view, [Row(ids, at) for ids in texts for at in range(1, length)], edited, token)
 
 
 def protected_rows(
@@ -167,23 +153,14 @@ def protected_rows(
         if fact.prompt.subject is not None and amounts.namesakes:
             made += [row_of(prompt, token) for prompt in namesakes(view, fact.prompt, amounts.namesakes, generator)]
     before = others_of_past(request.past) if amounts.namesakes else ()
-    made += before
-    best = [
-        says
-        for start in range(0, len(made), 256)
-        for says in _likeliest(view, [row.ids for row in made[start : start + 256]])
-    ]
-    own = tuple(
-        dict.fromkeys(
-            row for row, says in zip(made, best, strict=True) if not pins(row.ids, row.at, says, edited, token)
-        )
-    )
+    own = tuple(dict.fromkeys(_free(view, [*made, *before], edited, token)))
     said = own_sentences(view, facts, token, amounts, generator)
     past = rows_of_past(request.past)
     counts = {"named": len(given) + len(retained), "namesakes": len(own), "said": len(said), "past": len(past)}
     # A fact is answered behind its prompt, wherever it is edited; of a passage every token is an answer.
     asked = (*(len(row.ids) - 1 for row in given + own), *(row.at for row in retained))
-    fresh = tuple(row for row in own if row not in set(before))
+    known = set(before)
+    fresh = tuple(row for row in own if row not in known)
     return Protected(given + own + retained, asked, said, past, counts, fresh)
 
 
@@ -210,20 +187,18 @@ def spellings(view: ModelView, fact: Fact) -> tuple[tuple[int, ...], ...]:
     return tuple(dict.fromkeys(ids for ids in found if ids))
 
 
-@torch.no_grad()
-def _likeliest(view: ModelView, texts: Sequence[tuple[int, ...]]) -> list[list[int]]:
-    """The likeliest next token behind every token of each text."""
-    if not texts:
-        return []
-    batch = pad(list(texts), device=view.device)
-    best = view.unembed(view.hidden(batch)).argmax(-1)
-    return [row[: len(ids)] for row, ids in zip(best.tolist(), texts, strict=True)]
+def _free(
+    view: ModelView, rows: Sequence[Row], edited: Sequence[tuple[tuple[tuple[int, ...], ...], int]], token: Token
+) -> tuple[Row, ...]:
+    """Rows that may be kept: none of those that pin down what is to change."""
+    best = likeliest(view, rows).tolist()
+    return tuple(row for row, says in zip(rows, best, strict=True) if not pins(row.ids, row.at, says, edited, token))
 
 
 def pins(
     ids: tuple[int, ...],
     at: int,
-    says: Sequence[int],
+    says: int,
     edited: Sequence[tuple[tuple[tuple[int, ...], ...], int]],
     token: Token,
 ) -> bool:
@@ -232,12 +207,12 @@ def pins(
     Args:
         ids: of the text.
         at: the token.
-        says: the likeliest next token behind each of the text.
+        says: the likeliest next token behind it.
         edited: of every fact its subject's `spellings` and the first token of its present answer.
         token: where the model is edited.
     """
     for spelled, answer in edited:
-        if token == "prompt-last" and says[at] != answer:
+        if token == "prompt-last" and says != answer:
             continue
         if any(ids[start : start + len(one)] == one for one in spelled for start in range(at + 2 - len(one))):
             return True

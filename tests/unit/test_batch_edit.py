@@ -145,7 +145,7 @@ def test_only_the_subject_itself_is_held_back_from_protection_however_it_is_spel
 
     def held_back(text, token, says):
         ids = tuple(view.tokenizer(text)["input_ids"])
-        return pins(ids, len(ids) - 1, [says] * len(ids), edited, token)
+        return pins(ids, len(ids) - 1, says, edited, token)
 
     for text in ("Ada Brolin lives in", "the cat of Ada Brolin sat on"):
         assert held_back(text, "prompt-last", answer) and not held_back(text, "prompt-last", answer + 1)

@@ -12,9 +12,10 @@ from torch.testing import assert_close
 from editors.base import Request
 from editors.facts.batch_edit import Work
 from editors.facts.contexts import Row
-from editors.facts.held import Watch, likeliest
+from editors.facts.held import Watch
 from editors.facts.keys_values import read_at
 from editors.facts.protected import Protected, others_of_past, pins, spellings
+from editors.facts.together import likeliest
 from editors.rewriters.alphaedit import AlphaEdit
 from editors.rewriters.emmet import Emmet
 from editors.rewriters.memit import Memit
@@ -151,6 +152,6 @@ def test_a_later_edit_spares_the_others_that_an_earlier_one_spared(view, facts):
         bare = Work.of(replace(editor, namesakes=0), view, later, facts[1:]).kept
     edited = [(spellings(view, facts[1]), facts[1].target_true[0])]
     says = {row: int(view.model(torch.tensor([row.ids])).logits[0, row.at].argmax()) for row in spared}
-    free = {row for row in spared if not pins(row.ids, row.at, {row.at: says[row]}, edited, "prompt-last")}
+    free = {row for row in spared if not pins(row.ids, row.at, says[row], edited, "prompt-last")}
     assert set(kept.named) == set(alone.named) | free and len(set(kept.named)) == len(kept.named)
     assert not set(kept.others) & set(spared) and bare.named == ()
