@@ -94,7 +94,7 @@ class Work:
         watch = Watch.of(self.view, self.kept, self.demands) if self.editor.passes > 1 else None
         while watch is not None and len(seen) + 1 < self.editor.passes:
             lost, missed = watch.lost(deltas), watch.missed(deltas)
-            seen.append({"lost": len(lost.named), "lost own": len(lost.said), "missed": len(missed)})
+            seen.append({**lost.counts, "missed": len(missed)})
             again = work._pressed(lost, missed)
             if again is work:
                 break

@@ -37,12 +37,6 @@ class BatchEditor(FactEditor):
         rounds: how often the layers are gone through; what a round left missing is asked for in the next. The rank
             grows with it.
         ways: the model's own ways to a fact (`recalls`) get a key each ("each"), or are averaged into one ("mean").
-        price: weight of the drift that the closed form will charge for the values (of what should stay, in shares of
-            the maps' outputs) in the search for them, all facts together; 0 searches for each by itself, as published.
-        passes: how often the edit is made: each time it is tried first, what it would change against its will is held,
-            and facts that it misses are demanded more strictly; 1 takes the first as it is.
-        hold: weight of each named key, or namesake's, whose answer would change, in shares of an average token of text.
-        hold_own: and of each such token of the model's own sentences.
         growth: an edit that would make a map's change (edits already made included) larger than this share of its
             norm is scaled down to it, and says so; None for no limit.
     """
@@ -55,16 +49,10 @@ class BatchEditor(FactEditor):
     spread: Spread = "even"
     rounds: int = 1
     ways: Literal["each", "mean"] = "each"
-    price: float = 10.0
-    passes: int = 3
-    hold: float = 1.0
-    hold_own: float = 0.3
     growth: float | None = None
     moment: Moments | Path | str | None = None
 
-    least: ClassVar[Mapping[str, float]] = {
-        **FactEditor.least, "rounds": 1, "trials": 1, "passes": 1, "hold": 0, "hold_own": 0,
-    }  # fmt: skip
+    least: ClassVar[Mapping[str, float]] = {**FactEditor.least, "rounds": 1, "trials": 1}
 
     def metric(self, moment: Tensor) -> Metric:
         """Which directions of a map's input are cheap, from what should stay."""

@@ -28,6 +28,8 @@ class FactEditor:
         kl_weight: weight of the change of the answer to "{subject} is a", in nats; used at subject-last only, for at
             prompt-last the value is the answer.
         stop_below: a fact's search ends when its loss is below.
+        price: weight of the drift that the closed form will charge for the values (of what should stay, in shares of
+            the maps' outputs) in the search for them, all facts together; 0 searches for each by itself, as published.
         damping: share of the moment's mean diagonal added to its diagonal.
         samples: how many prefixes of each length the model writes.
         lengths: of these prefixes in tokens, the start token included.
@@ -42,6 +44,12 @@ class FactEditor:
             give the present answer of the subject.
         sentence_length: of them, in tokens.
         past_weight: weight of each key of edits already made, in shares of an average token of text.
+        spared: at most so many prompts about others that earlier edits spared are protected again, drawn by the seed.
+        passes: how often the edit is made: each time it is tried first, and what it would change against its will is
+            held (and, where many facts are edited at once, those that it misses are demanded more strictly); 1 takes
+            the first as it is.
+        hold: weight of each named key, or namesake's, whose answer would change, in shares of an average token of text.
+        hold_own: and of each such token of the model's own sentences.
         prefixes: texts instead of the model's own; () for none.
         moment: second moments instead of those of the request's text, as `memloc moments` saves them for this model.
     """
@@ -53,6 +61,7 @@ class FactEditor:
     weight_decay: float = 1e-3
     kl_weight: float = 0.0625
     stop_below: float = 0.1
+    price: float = 10.0
     damping: float = 1e-2
     samples: int = 2
     lengths: tuple[int, ...] = (5, 10)
@@ -64,6 +73,10 @@ class FactEditor:
     sentences: int = 1200
     sentence_length: int = 16
     past_weight: float = 1.0
+    spared: int = 5000
+    passes: int = 3
+    hold: float = 1.0
+    hold_own: float = 0.3
     prefixes: tuple[str, ...] | None = None
     moment: Tensor | Moments | Path | str | None = None
 
@@ -71,7 +84,8 @@ class FactEditor:
     least: ClassVar[Mapping[str, float]] = {
         "damping": 0, "steps": 1, "pace": 0, "clamp": 0, "weight_decay": 0, "kl_weight": 0, "samples": 0,
         "namesakes": 0, "protect": 0, "replay": 0, "sentences": 0, "sentence_length": 2, "recalls": 0,
-        "past_weight": 0, "top_k": 1,
+        "past_weight": 0, "top_k": 1, "passes": 1, "hold": 0, "hold_own": 0,
+        "spared": 0, "price": 0,
     }  # fmt: skip
 
     @property
@@ -82,9 +96,8 @@ class FactEditor:
     @property
     def amounts(self) -> Amounts:
         """How much of what nobody named is protected."""
-        return Amounts(
-            self.namesakes if self.protect else 0, self.sentences if self.replay else 0, self.sentence_length
-        )
+        return Amounts(self.namesakes if self.protect else 0, self.sentences if self.replay else 0,
+                       self.sentence_length, self.spared)  # fmt: skip
 
     def check(self) -> None:
         """Refuse settings that mean nothing.

@@ -33,6 +33,15 @@ class Lost(NamedTuple):
     named: tuple[Row, ...]
     said: tuple[Row, ...]
 
+    @property
+    def counts(self) -> dict[str, int]:
+        """How many, to be noted."""
+        return {"lost": len(self.named), "lost own": len(self.said)}
+
+    def of(self, kept: Protected) -> float:
+        """The share of what is named, and that of what the model says, summed."""
+        return len(self.named) / max(1, len(kept.named)) + len(self.said) / max(1, len(kept.said))
+
 
 @dataclass(frozen=True)
 class Watch:

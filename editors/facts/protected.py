@@ -18,7 +18,7 @@ from editors.edit import Edit
 from editors.facts.contexts import Row, Token, row_of, sample
 from editors.facts.own_words import kin, namesakes
 from editors.facts.together import likeliest, together
-from memloc.passages import Fact, Facts, Passages, encode
+from memloc.passages import Fact, Facts, Passages, Prompt, encode
 from memloc.sites import Site
 from memloc.view import ModelView
 
@@ -37,6 +37,7 @@ class Protected:
         past: where edits already made were written.
         counts: of each.
         others: those of `named` that nobody named, and no earlier edit protected.
+        spared: those that an earlier edit did.
     """
 
     named: tuple[Row, ...] = ()
@@ -45,11 +46,20 @@ class Protected:
     past: tuple[Row, ...] = ()
     counts: Mapping[str, int] = field(default_factory=dict)
     others: tuple[Row, ...] = ()
+    spared: tuple[Row, ...] = ()
 
     def without(self, rows: Collection[Row]) -> Protected:
-        """The same with these not among the named ones."""
+        """The same with these neither among the named ones nor in what the model says."""
         left = [(row, at) for row, at in zip(self.named, self.asked, strict=True) if row not in rows]
-        return replace(self, named=tuple(row for row, _ in left), asked=tuple(at for _, at in left))
+        said = tuple(row for row in self.said if row not in rows)
+        return replace(self, named=tuple(row for row, _ in left), asked=tuple(at for _, at in left), said=said)
+
+    def third(self) -> Protected:
+        """Every third of those that nobody named: namesakes as `others`, spared ones as `named`, texts of its own."""
+        texts = set(list(dict.fromkeys(row.ids for row in self.said))[2::3])
+        said = tuple(row for row in self.said if row.ids in texts)
+        rows = self.spared[2::3]
+        return Protected(rows, tuple(len(row.ids) - 1 for row in rows), said, others=self.others[2::3])
 
 
 class Amounts(NamedTuple):
@@ -59,11 +69,13 @@ class Amounts(NamedTuple):
         namesakes: prompts about other subjects, for each fact.
         sentences: texts of its own.
         length: of each, in tokens.
+        spared: at most so many of the prompts that earlier edits spared, drawn; None for all.
     """
 
     namesakes: int = 0
     sentences: int = 0
     length: int = 16
+    spared: int | None = None
 
 
 @torch.no_grad()
@@ -140,28 +152,41 @@ def own_sentences(
 
 
 def protected_rows(
-    view: ModelView, facts: Facts, token: Token, request: Request, amounts: Amounts, generator: torch.Generator
+    view: ModelView,
+    facts: Facts,
+    token: Token,
+    request: Request,
+    amounts: Amounts,
+    generator: torch.Generator,
+    *,
+    made: Sequence[Prompt] | None = None,
 ) -> Protected:
     """What an edit of `facts` should leave alone: what `request` names, and what the model says itself.
 
-    See the fields of `Protected`.
+    `made` are namesakes that are made up already. See the fields of `Protected`.
     """
     given, retained = rows_of_facts(request.keep_facts, token), rows_predicting(request.retain)
     edited = [(spellings(view, fact), fact.target_true[0]) for fact in facts]
-    made = []
-    for fact in facts:
-        if fact.prompt.subject is not None and amounts.namesakes:
-            made += [row_of(prompt, token) for prompt in namesakes(view, fact.prompt, amounts.namesakes, generator)]
-    before = others_of_past(request.past) if amounts.namesakes else ()
-    own = tuple(dict.fromkeys(_free(view, [*made, *before], edited, token)))
+    if made is None:
+        made = [
+            prompt for fact in facts for prompt in namesakes(view, fact.prompt, amounts.namesakes, generator)
+        ]  # fmt: skip
+    before = _drawn(others_of_past(request.past) if amounts.namesakes else (), amounts.spared, generator)
+    own = tuple(dict.fromkeys(_free(view, [*(row_of(prompt, token) for prompt in made), *before], edited, token)))
     said = own_sentences(view, facts, token, amounts, generator)
     past = rows_of_past(request.past)
     counts = {"named": len(given) + len(retained), "namesakes": len(own), "said": len(said), "past": len(past)}
     # A fact is answered behind its prompt, wherever it is edited; of a passage every token is an answer.
     asked = (*(len(row.ids) - 1 for row in given + own), *(row.at for row in retained))
     known = set(before)
-    fresh = tuple(row for row in own if row not in known)
-    return Protected(given + own + retained, asked, said, past, counts, fresh)
+    fresh, spared = (tuple(row for row in own if (row in known) is old) for old in (False, True))
+    return Protected(given + own + retained, asked, said, past, counts, fresh, spared)
+
+
+def _drawn(rows: tuple[Row, ...], most: int | None, generator: torch.Generator) -> tuple[Row, ...]:
+    if most is None or len(rows) <= most:
+        return rows
+    return tuple(rows[index] for index in sorted(torch.randperm(len(rows), generator=generator)[:most].tolist()))
 
 
 def _subject(fact: Fact) -> tuple[int, ...]:

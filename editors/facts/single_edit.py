@@ -1,70 +1,34 @@
 """One fact: its values, keys and closed form at every site that is tried, and the change at the one that serves best.
 
-A site is judged by what the model says with the change in (`editors.facts.site_trial`). No weight is written.
+A site is judged by what the model says with the change in (`editors.facts.site_trial`); at the chosen one the change is
+made again with what it would take along held (`editors.facts.held`). No weight is written.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from editors.base import Request
 from editors.deltas import LowRank
-from editors.facts.contexts import Demand, Row, Token, check_context, demand, row_of
+from editors.facts.contexts import Row, Token, check_context, demand, row_of
 from editors.facts.fact_settings import FactEditor
+from editors.facts.held import Watch
+from editors.facts.joint_values import optimise_jointly
 from editors.facts.keys_values import optimise_values, read_at, stream_norm
-from editors.facts.least_squares import insert_pair
+from editors.facts.least_squares import insert_pair, whiten
 from editors.facts.own_words import namesakes, recalls
-from editors.facts.protected import own_sentences, rows_of_facts, rows_predicting, second_moment_at
+from editors.facts.place import Found, Keys, Place
+from editors.facts.protected import Protected, protected_rows, second_moment_at
 from editors.facts.site_trial import tried
 from memloc.errors import InputError
 from memloc.passages import Fact, Facts, Prompt
 from memloc.sites import Kind, Site
 from memloc.view import ModelView
-
-Variant = Literal["consistent", "2022", "prompt-only"]
-
-
-class Keys(NamedTuple):
-    """Which keys the closed form uses.
-
-    Attributes:
-        variant: the mean key in all places ("consistent"), its direction and the bare prompt's length ("2022"), or the
-            bare prompt's in all places.
-        bare: weight of the bare prompt's key in the mean key; None weighs all alike.
-    """
-
-    variant: Variant
-    bare: float | None
-
-    def mean(self, keys: Tensor) -> Tensor:
-        """Of `keys` `[n, f]`, the bare prompt's first."""
-        if self.bare is None or len(keys) == 1:
-            return keys.mean(0)
-        return self.bare * keys[0] + (1 - self.bare) * keys[1:].mean(0)
-
-
-@dataclass(frozen=True)
-class Found:
-    """A change that makes a fact so.
-
-    Attributes:
-        site: of the map.
-        delta: of rank one.
-        note: what is worth knowing of it.
-        row: the prompt, at the token it was edited at.
-        merit: what it did when it was tried, to be compared.
-    """
-
-    site: Site
-    delta: LowRank
-    note: Mapping[str, Any]
-    row: Row
-    merit: tuple[float, float] = (0.0, 0.0)
 
 
 @dataclass(frozen=True)
@@ -79,8 +43,7 @@ class Work:
         moments: of ordinary text, by layer.
         prefixes: texts that values are fitted behind.
         trial: texts that sites are judged behind.
-        request: what else should stay.
-        past: rows of edits already made.
+        request: what else should stay, and edits already made.
         others: the same prompt about other subjects.
         ways: the model's own prompts for the fact.
     """
@@ -93,7 +56,6 @@ class Work:
     prefixes: tuple[str, ...]
     trial: tuple[str, ...]
     request: Request
-    past: tuple[Row, ...]
     others: tuple[Prompt, ...]
     ways: tuple[Prompt, ...]
 
@@ -105,79 +67,115 @@ class Work:
         ways = recalls(view, [fact], editor.recalls, draw, top_k=2 * editor.top_k)[0]
         return cls(editor, view=view, fact=fact, request=request, others=others, ways=ways, **shared)
 
-    def named(self, token: Token) -> tuple[Row, ...]:
-        """What the request names to keep."""
-        return rows_of_facts(self.request.keep_facts, token) + rows_predicting(self.request.retain)
-
     def best(self, layers: Sequence[int], tokens: Sequence[Token]) -> Found:
         """The change at the site that serves the fact best; at the only one without trying it."""
-        found = [entry for token in tokens for entry in self._at(layers, token, len(layers) * len(tokens) > 1)]
+        judged = len(layers) * len(tokens) > 1
+        found = [entry for token in tokens for entry in self._at(layers, self._place(token, judged), judged)]
         chosen = max(found, key=lambda entry: entry.merit)
-        if len(found) == 1:
-            return chosen
-        every = [{key: entry.note[key] for key in ("layer", "token", "said", "kept", "drift")} for entry in found]
-        return replace(chosen, note={**chosen.note, "tried": every})
+        if judged:
+            told = ("layer", "token", "said", "kept", "lost", "drift")
+            every = [{key: entry.note[key] for key in told} for entry in found]
+            chosen = replace(chosen, note={**chosen.note, "tried": every})
+        return self._held(chosen) if self.editor.passes > 1 else chosen
 
-    def _at(self, layers: Sequence[int], token: Token, judged: bool) -> list[Found]:
+    def _place(self, token: Token, judged: bool) -> Place:
         editor, view = self.editor, self.view
         asked = demand(self.fact, view.tokenizer, self.prefixes, token,
                        essence=token == "subject-last" and editor.kl_weight > 0)  # fmt: skip
         own = tuple(row_of(prompt, token) for prompt in self.ways)
         asked = replace(asked, prompts=asked.prompts + own)
         check_context([asked], view.context)
-        others = tuple(row_of(prompt, token) for prompt in self.others)
-        judges = others[2::3] if judged else ()
-        named = tuple(row for row in others if row not in judges) + self.named(token)
         draw = torch.Generator().manual_seed(self.request.seed)
-        said = own_sentences(view, Facts((self.fact,)), token, editor.amounts, draw)
+        kept = protected_rows(view, Facts((self.fact,)), token, self.request, editor.amounts, draw, made=self.others)
+        return Place(token, asked, own, kept, kept.third() if judged else Protected())
+
+    def _at(self, layers: Sequence[int], place: Place, judged: bool) -> list[Found]:
+        view, judges = self.view, place.judges
+        kept = place.kept.without({*judges.others, *judges.named, *judges.said})
+        watch = Watch.of(view, judges, [place.asked]) if judged else None
         sites = [Site(layer, Kind.MLP_OUT) for layer in layers]
-        keys = read_at(view, sites, asked.prompts)
-        clean = read_at(view, sites, asked.prompts[:1], side="output")
-        stays = self._weighed(sites, named, said)
+        keys = read_at(view, sites, place.asked.prompts)
+        clean = read_at(view, sites, place.asked.prompts[:1], side="output")
+        stays = self._weighed(sites, kept)
+        more = {"token": place.token, "protected": len(kept.named), "own": len(kept.said), "recalls": len(place.own)}
         found = []
         for site in sites:
-            entry = self._solve(site, asked, keys[site], float(clean[site].norm()), stays[site])
-            more = {"token": token, "protected": len(named), "own": len(said), "recalls": len(own)}
+            entry = self._solve(site, place, keys[site], float(clean[site].norm()), stays[site])
             entry = replace(entry, note={**entry.note, **more})
-            found.append(self._judged(entry, token, own, judges) if judged else entry)
+            found.append(entry if watch is None else self._judged(entry, watch))
         return found
 
-    def _judged(self, found: Found, token: Token, own: Sequence[Row], judges: Sequence[Row]) -> Found:
-        """With its merit: whether the bare prompt says the target, then what is said and what is kept, summed."""
-        asked = demand(self.fact, self.view.tokenizer, self.trial, token, essence=False)
-        seen = tried(self.view, {found.site: found.delta}, asked, own, judges)
-        return replace(found, note={**found.note, "said": seen.said, "kept": seen.kept},
-                       merit=(float(seen.right), seen.said + seen.kept))  # fmt: skip
+    def _judged(self, found: Found, watch: Watch) -> Found:
+        """With its merit: whether the bare prompt says the target, then what is said and kept, less what is lost."""
+        place, deltas, judges = found.place, {found.site: found.delta}, found.place.judges
+        asked = demand(self.fact, self.view.tokenizer, self.trial, place.token, essence=False)
+        seen, lost = tried(self.view, deltas, asked, place.own, judges.others), watch.lost(deltas)
+        gone = lost.of(judges)
+        return replace(found, note={**found.note, "said": seen.said, "kept": seen.kept, "lost": gone},
+                       merit=(float(seen.right), seen.said + seen.kept - gone))  # fmt: skip
 
-    def _weighed(self, sites: Sequence[Site], named: Sequence[Row], said: Sequence[Row]) -> dict[Site, Tensor]:
+    def _held(self, found: Found) -> Found:
+        """The same, made again with the keys held at which it would change an answer, the judges' among them.
+
+        As often as less is lost for it, and the fact is not.
+        """
+        site, place = found.site, found.place
+        watch, keys = Watch.of(self.view, place.kept, [place.asked]), read_at(self.view, [site], place.asked.prompts)
+        missed, lost = watch.missed({site: found.delta}), watch.lost({site: found.delta})
+        moment, held, seen, least = None, set[Row](), [lost.counts], lost.of(place.kept)
+        while len(seen) < self.editor.passes:
+            fresh = [[row for row in rows if row not in held] for rows in lost]
+            if not any(fresh):
+                break
+            held.update(*fresh)
+            moment = self._weighed([site], place.kept)[site] if moment is None else moment
+            for rows, weight in zip(fresh, (self.editor.hold, self.editor.hold_own), strict=True):
+                moment = moment + self._holding([site], rows, weight)[site]
+            again = replace(found, delta=self._inserted(site, keys[site], found.wanted, moment))
+            lost = watch.lost({site: again.delta})
+            seen.append(lost.counts)
+            if lost.of(place.kept) >= least or watch.missed({site: again.delta}) != missed:
+                break
+            found, least = again, lost.of(place.kept)
+        return replace(found, note={**found.note, **self._size(site, found.delta), "passes": seen})
+
+    def _weighed(self, sites: Sequence[Site], kept: Protected) -> dict[Site, Tensor]:
         """What should stay at each site: text, what was named, what the model says itself, edits already made."""
         editor, view = self.editor, self.view
         total = {site: self.moments[site.layer].double() for site in sites}
         for site, moment in total.items():
             if moment.shape != 2 * view.weight(site).shape[1:]:
                 raise InputError(f"second moment {list(moment.shape)} for keys of {view.weight(site).shape[1]} entries")
-        for rows, weight in ((named, editor.protect), (said, editor.replay)):
+        for rows, weight in ((kept.named, editor.protect), (kept.said, editor.replay)):
             if rows and weight:
                 more = second_moment_at(view, sites, rows)
                 total = {site: moment + weight * more[site] for site, moment in total.items()}
-        keys = read_at(view, sites, self.past) if self.past and editor.past_weight else {}
-        # A key as unusual as that of an average token of text is half held at 1: kᵀC⁻¹k is f over text.
-        return {site: moment + editor.past_weight / len(moment) * keys[site].T @ keys[site] if keys else moment
-                for site, moment in total.items()}  # fmt: skip
+        past = self._holding(sites, kept.past, editor.past_weight)
+        return {site: moment + past[site] for site, moment in total.items()}
 
-    def _solve(self, site: Site, asked: Demand, keys: Tensor, scale: float, moment: Tensor) -> Found:
+    def _holding(self, sites: Sequence[Site], rows: Sequence[Row], weight: float) -> dict[Site, Tensor | float]:
+        """What holds the key of each of `rows` at `weight` times an average token of text."""
+        if not rows or not weight:
+            return dict.fromkeys(sites, 0.0)
+        # A key as unusual as that of an average token of text is half held at 1: kᵀC⁻¹k is f over text.
+        return {site: weight / keys.shape[1] * keys.T @ keys for site, keys in read_at(self.view, sites, rows).items()}
+
+    def _solve(self, site: Site, place: Place, keys: Tensor, scale: float, moment: Tensor) -> Found:
+        asked = place.asked
         stream = stream_norm(self.view, site.layer, asked.prompts[:1])
-        values = optimise_values(
-            self.view, site.layer, [asked], torch.tensor([scale]), self.editor.descent, stream=stream
-        )
-        weight = self.view.weight(site).detach().to("cpu", torch.float64)
+        weight, editor = self._weight(site), self.editor
+        if editor.price:
+            mean = self.keys.mean(keys)
+            drift = 1 / float(mean @ whiten(mean, moment, damping=editor.damping))
+            price = torch.tensor([[editor.price * drift / max(_energy(weight, moment), 1e-300)]])
+            every = [[0] * (len(asked.prompts) + (asked.essence is not None))]
+            values = optimise_jointly(self.view, site.layer, [asked], every, price, stream, editor.descent)
+        else:
+            values = optimise_values(
+                self.view, site.layer, [asked], torch.tensor([scale]), editor.descent, stream=stream
+            )
         wanted = weight @ keys[0] + values.change[0].double()
-        mean = self.keys.mean(keys)
-        key = mean if self.keys.variant == "consistent" else keys[0]
-        toward = mean if self.keys.variant == "2022" else None
-        delta = insert_pair(weight, key, wanted, moment, damping=self.editor.damping, toward=toward)
-        base = self.moments[site.layer].double()
-        drift = _energy(delta.left.double() @ delta.right.double(), base) / max(_energy(weight, base), 1e-300)
+        delta = self._inserted(site, keys, wanted, moment)
         note = {
             "id": self.fact.id,
             "layer": site.layer,
@@ -186,11 +184,26 @@ class Work:
             "before": float(values.before[0]),
             "after": float(values.after[0]),
             "value": float(values.change[0].norm()) / scale,
-            "alignment": float(torch.cosine_similarity(keys[0], mean, dim=0)),
-            "norm": delta.norm() / float(weight.norm()),
-            "drift": drift,
+            "alignment": float(torch.cosine_similarity(keys[0], self.keys.mean(keys), dim=0)),
+            **self._size(site, delta),
         }
-        return Found(site, delta, note, asked.prompts[0])
+        return Found(site, delta, wanted, place, note)
+
+    def _inserted(self, site: Site, keys: Tensor, wanted: Tensor, moment: Tensor) -> LowRank:
+        """The change that puts out `wanted` at the bare prompt, or at the mean of `keys`, as the variant says."""
+        mean = self.keys.mean(keys)
+        key = mean if self.keys.variant == "consistent" else keys[0]
+        toward = mean if self.keys.variant == "2022" else None
+        return insert_pair(self._weight(site), key, wanted, moment, damping=self.editor.damping, toward=toward)
+
+    def _size(self, site: Site, delta: LowRank) -> dict[str, float]:
+        """In shares of the map's: the change's norm, and its mean squared output over ordinary text."""
+        weight, base = self._weight(site), self.moments[site.layer].double()
+        drift = _energy(delta.left.double() @ delta.right.double(), base) / max(_energy(weight, base), 1e-300)
+        return {"norm": delta.norm() / float(weight.norm()), "drift": drift}
+
+    def _weight(self, site: Site) -> Tensor:
+        return self.view.weight(site).detach().to("cpu", torch.float64)
 
 
 def _energy(matrix: Tensor, moment: Tensor) -> float:

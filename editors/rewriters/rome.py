@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -13,11 +13,12 @@ from torch import Tensor
 from editors.base import Request
 from editors.deltas import Delta, add
 from editors.edit import Edit
-from editors.facts.contexts import Row, Token, sample_prefixes
+from editors.facts.contexts import Token, sample_prefixes
 from editors.facts.fact_settings import FactEditor
 from editors.facts.moments_given import moments_of
-from editors.facts.protected import NOTE, note_of, rows_of_past
-from editors.facts.single_edit import Keys, Variant, Work
+from editors.facts.place import Found, Keys, Variant
+from editors.facts.protected import NOTE, note_of
+from editors.facts.single_edit import Work
 from editors.facts.site_trial import TRIAL_LENGTHS, TRIALS
 from memloc import progress
 from memloc.errors import InputError
@@ -47,8 +48,8 @@ class Rome(FactEditor):
             prompt's key in all places (p-ROME).
         bare: weight of the bare prompt's key in the mean key, the prefixed ones sharing the rest; None weighs all
             alike, as the original.
-        namesakes: how many prompts about other subjects the model makes up; two thirds are protected, the others judge
-            sites. 0 makes none.
+        namesakes: how many prompts about other subjects the model makes up; 0 makes none. Of these, of what earlier
+            edits spared and of the model's own sentences two thirds are protected, the others judge sites.
         tries: layers tried where `layer` is None, evenly spread.
 
     Raises:
@@ -62,13 +63,10 @@ class Rome(FactEditor):
     token: Literal["subject-last", "prompt-last", "measured"] = "measured"
     variant: Variant = "consistent"
     bare: float | None = 0.5
-    steps: int = 25
-    pace: float = 0.2
-    clamp: float = 8.0
-    stop_below: float = 0.05
-    damping: float = 1e-4
     namesakes: int = 72
     sentences: int = 300
+    spared: int = 600
+    passes: int = 2
     tries: int = 8
 
     name: ClassVar[str] = "rome"
@@ -81,7 +79,8 @@ class Rome(FactEditor):
         settings: dict[str, Any] = {
             "layer": layer, "token": "subject-last", "variant": "2022", "bare": None, "steps": 20, "lr": 0.5,
             "clamp": 4.0, "weight_decay": 0.5, "damping": 0.0, "samples": 10, "namesakes": 0, "protect": 0.0,
-            "recalls": 0, "sentences": 0, "replay": 0.0, "past_weight": 0.0, **changes,
+            "recalls": 0, "sentences": 0, "replay": 0.0, "past_weight": 0.0, "passes": 1, "price": 0.0,
+            "stop_below": 0.05, **changes,
         }  # fmt: skip
         return cls(**settings)
 
@@ -100,21 +99,20 @@ class Rome(FactEditor):
         settings = {**settings_of(self), "moment": source if self.moment is not None else None}
         provenance = Provenance("rome", settings, request.seed, {**inputs, "moment": source})
         deltas: dict[Site, Delta] = {}
-        notes = []
-        written: list[Row] = []
+        done: list[Found] = []
         with contextlib.ExitStack() as stack:
-            for index, fact in enumerate(progress.steps(facts, "facts")):
-                past = (*rows_of_past(request.past), *written)
+            for fact in progress.steps(facts, "facts"):
                 work = Work.of(self, view, fact, request, keys=Keys(self.variant, self.bare), moments=moments,
-                               prefixes=prefixes, trial=trial, past=past)  # fmt: skip
+                               prefixes=prefixes, trial=trial)  # fmt: skip
                 found = work.best(layers, self._tokens(fact))
                 deltas[found.site] = add(deltas[found.site], found.delta) if found.site in deltas else found.delta
-                notes.append(found.note)
-                written.append(found.row)
-                if index + 1 < len(facts):
-                    stack.enter_context(Edit.of(view, {found.site: found.delta}, provenance).apply(view))
-        keys = note_of(written, sorted({site.layer for site in deltas}))
-        return Edit.of(view, deltas, provenance, notes={"facts": notes, "prefixes": list(prefixes), NOTE: keys})
+                done.append(found)
+                if len(done) < len(facts):
+                    made = Edit.of(view, {found.site: found.delta}, provenance, notes={NOTE: _noted([found])})
+                    stack.enter_context(made.apply(view))
+                    request = replace(request, past=(*request.past, made))
+        notes = {"facts": [found.note for found in done], "prefixes": list(prefixes), NOTE: _noted(done)}
+        return Edit.of(view, deltas, provenance, notes=notes)
 
     def check(self) -> None:
         """Refuse settings that mean nothing.
@@ -160,3 +158,9 @@ class Rome(FactEditor):
         if (len(layers) == 1 and self.token != "measured") or view.tokenizer is None:
             return given, ()
         return given, sample_prefixes(view, TRIAL_LENGTHS, TRIALS, generator, top_k=self.top_k)
+
+
+def _noted(done: Sequence[Found]) -> dict[str, Any]:
+    """What later edits should know of these."""
+    others = dict.fromkeys(row for found in done for row in found.place.kept.others)
+    return note_of([found.row for found in done], sorted({found.site.layer for found in done}), tuple(others))

@@ -9,7 +9,8 @@ The editor sees each fact's own prompt and ordinary text, nothing else of the la
 the answer the likeliest): the new answer after the prompt (efficacy), after the two phrasings it was not shown
 (paraphrase; held-out: the one that the model never saw of this subject), and the present answer after prompts about
 facts that are not edited, those the model gets right before (neighbours). Perplexity is on text neither the model nor
-the editor saw, against before. Rows that FILE holds already are not made again.
+the editor saw, against before. Beside each row the same figures for random changes of the same maps, ranks and norms.
+Rows that FILE holds already are not made again.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from typing import Any
 import torch
 
 from editors.base import Request
+from editors.control import random_like
 from editors.methods import EDITORS
 from memloc.batches import pad
 from memloc.errors import MemlocError
@@ -106,8 +108,13 @@ def one(lab: Lab, name: str, count: int, batch: int, seed: int, settings: dict[s
             stack.enter_context(past[-1].apply(lab.view))
         spent = time.process_time() - started
         after = lab.figures(edited, near)
-    rise = after["perplexity"] / before["perplexity"] - 1
-    return {**after, "perplexity rise": rise, "cpu seconds": round(spent, 1), "settings": settings}
+    with ExitStack() as stack:
+        for edit in past:
+            stack.enter_context(random_like(edit, lab.view, seed).apply(lab.view))
+        control = lab.figures(edited, near)
+    for figures in (after, control):
+        figures["perplexity rise"] = figures["perplexity"] / before["perplexity"] - 1
+    return {**after, "random": control, "cpu seconds": round(spent, 1), "settings": settings}
 
 
 def main() -> None:
@@ -148,8 +155,10 @@ def line(key: str, row: dict[str, Any]) -> str:
     """One row of the table."""
     if "refused" in row:
         return f"{key:60} {row['refused']}"
-    shares = "  ".join(f"{name} {row[name][0]}/{row[name][1]}" for name in NAMES)
-    return f"{key:60} {shares}  perplexity {row['perplexity rise']:+.1%}  {row['cpu seconds']} CPU-s"
+    drawn = row["random"]
+    shares = "  ".join(f"{name} {row[name][0]}/{row[name][1]} ({drawn[name][0]})" for name in NAMES)
+    rises = f"{row['perplexity rise']:+.1%} ({drawn['perplexity rise']:+.1%})"
+    return f"{key:60} {shares}  perplexity {rises}  {row['cpu seconds']} CPU-s; at random in brackets"
 
 
 if __name__ == "__main__":

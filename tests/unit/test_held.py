@@ -10,15 +10,18 @@ from tiny_tokenizers import TEXT, byte_level
 from torch.testing import assert_close
 
 from editors.base import Request
+from editors.facts import single_edit
 from editors.facts.batch_edit import Work
 from editors.facts.contexts import Row
 from editors.facts.held import Watch
 from editors.facts.keys_values import read_at
-from editors.facts.protected import Protected, others_of_past, pins, spellings
+from editors.facts.place import Keys
+from editors.facts.protected import Protected, others_of_past, pins, protected_rows, spellings
 from editors.facts.together import likeliest
 from editors.rewriters.alphaedit import AlphaEdit
 from editors.rewriters.emmet import Emmet
 from editors.rewriters.memit import Memit
+from editors.rewriters.rome import Rome
 from memloc.passages import Facts, Passages
 from memloc.sites import Kind, Site
 from memloc.view import ModelView
@@ -155,3 +158,80 @@ def test_a_later_edit_spares_the_others_that_an_earlier_one_spared(view, facts):
     free = {row for row in spared if not pins(row.ids, row.at, says[row], edited, "prompt-last")}
     assert set(kept.named) == set(alone.named) | free and len(set(kept.named)) == len(kept.named)
     assert not set(kept.others) & set(spared) and bare.named == ()
+
+
+# -- one fact after the other ------------------------------------------------------------------------------------------
+
+ONE = {key: value for key, value in STRONG.items() if key != "layers"} | {"token": "prompt-last", "passes": 1}
+
+
+def test_every_third_of_what_nobody_named_judges_and_nothing_else():
+    rows = [Row((1, place, 3), 1) for place in range(10)]
+    said = tuple(Row((9, text), at) for text in range(4) for at in (0, 1))
+    kept = Protected((*rows, Row((7,), 0)), (2,) * 10 + (0,), said, others=tuple(rows[:6]), spared=tuple(rows[6:]))
+    judges = kept.third()
+    assert judges.others == (rows[2], rows[5]) and judges.named == (rows[8],) and judges.asked == (2,)
+    assert judges.said == tuple(row for row in said if row.ids == (9, 2))
+    left = kept.without({*judges.others, *judges.named, *judges.said})
+    assert not {*left.named, *left.said} & {*judges.others, *judges.named, *judges.said}
+    assert len(left.named) == 8 and Row((7,), 0) in left.named and len(left.said) == 6
+
+
+def asked_of(view, facts):
+    return Request(facts=facts, text=Passages.from_texts(TEXT, view.tokenizer, window=12))
+
+
+def test_facts_one_by_one_spare_what_those_before_them_spared(view, facts, monkeypatch):
+    """Within one edit as across two: the second fact protects the first one's namesakes, as far as they are drawn."""
+    seen = []
+
+    def noted(*args, **more):
+        seen.append(protected_rows(*args, **more))
+        return seen[-1]
+
+    monkeypatch.setattr(single_edit, "protected_rows", noted)
+    Rome(**ONE, layer=1)(view, asked_of(view, facts))
+    first, second = seen
+    assert first.others and not first.spared and second.spared
+    assert set(second.spared) <= set(first.others) and set(second.spared) <= set(second.named)
+    assert set(second.past) == {Row(facts[0].prompt.ids, len(facts[0].prompt.ids) - 1)}
+    seen.clear()
+    edit = Rome(**ONE, layer=1, spared=2)(view, asked_of(view, facts))
+    assert 0 < len(seen[1].spared) <= 2
+    seen.clear()
+    with edit.apply(view):
+        Rome(**ONE, layer=1)(view, replace(asked_of(view, facts[:1]), past=(edit,)))
+    assert seen[0].spared and len(seen[0].past) == 2
+
+
+@pytest.mark.parametrize(("layer", "helps"), [(0, False), (1, True)])
+def test_a_single_edit_is_made_again_only_where_that_loses_less(layer, helps, view, facts):
+    """Counted anew; where it does not help, and where nothing is held, the change is the first pass's to the bit."""
+    request, site = asked_of(view, facts[:1]), Site(layer, Kind.MLP_OUT)
+
+    def made(**changes):
+        edit = Rome(**{**ONE, "layer": layer, "steps": 60, **changes})(view, request)
+        return edit.deltas[site], edit.notes["facts"][0]
+
+    plain, note = made()
+    assert "passes" not in note
+    held, note = made(passes=4, hold=30.0, hold_own=30.0)
+    work = single_edit.Work.of(Rome(**ONE, layer=layer), view, facts[0], request, keys=Keys("consistent", 0.5),
+                               moments={}, prefixes=(), trial=())  # fmt: skip
+    place = work._place("prompt-last", False)
+    watch = Watch.of(view, place.kept, [place.asked])
+    before, after = watch.lost({site: plain}), watch.lost({site: held})
+    assert note["passes"][0] == before.counts and sum(before.counts.values()) > 0
+    assert (after.of(place.kept) < before.of(place.kept)) is helps
+    assert helps or torch.equal(held.dense(), plain.dense())
+    assert watch.missed({site: plain}) == watch.missed({site: held}) == []
+    free, note = made(passes=4, hold=0.0, hold_own=0.0)
+    assert_close(free.dense(), plain.dense(), rtol=0, atol=0)
+
+
+def test_a_price_buys_a_single_edit_that_disturbs_less(view, facts):
+    drifts = []
+    for price in (1e-6, 1.0, 30.0):
+        edit = Rome(**{**ONE, "layer": 1, "price": price})(view, asked_of(view, facts[:1]))
+        drifts.append(edit.notes["facts"][0]["drift"])
+    assert drifts[0] > drifts[1] > drifts[2] > 0

@@ -31,7 +31,10 @@ RECORDS = [
         "target_true": "Rome",
     },
 ]
-PLAIN = {"samples": 1, "namesakes": 6, "recalls": 2, "clamp": 50.0, "kl_weight": 0.0, "steps": 40}
+PLAIN = {
+    "samples": 1, "namesakes": 6, "recalls": 2, "clamp": 50.0, "kl_weight": 0.0, "steps": 40,
+    "pace": 0.5, "price": 1e-6, "damping": 1e-4,
+}  # fmt: skip
 
 
 def open_view(family="gpt2", tokenizer=None, **changes):
@@ -157,6 +160,7 @@ def test_ingredients_given_from_outside_win(view, facts):
         "recalls": 0,
         "sentences": 0,
         "steps": 5,
+        "damping": 1e-4,
     }
     request = Request(facts=facts[:1], seed=9)
     edit = Rome(**given, moment=moment)(view, request)
@@ -182,7 +186,7 @@ def test_variants_differ_in_their_keys_and_in_nothing_else(view, facts):
     site, prefixes = Site(1, Kind.MLP_OUT), ("the mat", "the log", "Paris")
     moment = second_moments(view, ordinary(view), [site])
     shared = {"layer": 1, "token": "prompt-last", "prefixes": prefixes, "moment": moment, "damping": 0.01, "bare": None,
-              "namesakes": 0, "recalls": 0, "sentences": 0, "steps": 8, "lr": 0.5}  # fmt: skip
+              "namesakes": 0, "recalls": 0, "sentences": 0, "steps": 8, "lr": 0.5, "price": 0.0}  # fmt: skip
     asked = demand(facts[0], view.tokenizer, prefixes, "prompt-last", essence=False)
     keys = read_at(view, [site], asked.prompts)[site]
     bare, mean = keys[0], keys.mean(0)
@@ -424,7 +428,7 @@ def test_solved_change_is_what_the_model_then_puts_out(view, facts):
     site = Site(2, Kind.MLP_OUT)
     moment = second_moments(view, ordinary(view), [site])
     rome = Rome(layer=2, token="subject-last", variant="prompt-only", prefixes=("the mat",), namesakes=0, recalls=0,
-                moment=moment, steps=6, lr=0.5)  # fmt: skip
+                moment=moment, steps=6, lr=0.5, price=0.0)  # fmt: skip
     asked = demand(facts[0], view.tokenizer, ("the mat",), "subject-last")
     before = read_at(view, [site], asked.prompts[:1], side="output")[site][0]
     change = optimise_values(view, 2, [asked], before.norm()[None], rome.descent).change[0].double()
