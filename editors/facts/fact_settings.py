@@ -22,14 +22,15 @@ class FactEditor:
     Attributes:
         steps: passes of the search for values, the last of which only evaluates.
         pace: Adam's step size in shares of the clean stream's root mean square: streams differ in scale.
-        lr: as published instead, in the stream's units; only where each fact's value is searched for by itself.
+        lr: as published instead, in the stream's units; only at a `price` of 0.
         clamp: a value's change is kept below this many times the norm of the clean output.
         weight_decay: weight of its norm / ‖clean output‖² in the loss.
         kl_weight: weight of the change of the answer to "{subject} is a", in nats; used at subject-last only, for at
             prompt-last the value is the answer.
         stop_below: a fact's search ends when its loss is below.
         price: weight of the drift that the closed form will charge for the values (of what should stay, in shares of
-            the maps' outputs) in the search for them, all facts together; 0 searches for each by itself, as published.
+            the maps' outputs) in the search for them, all facts of an edit together; 0 searches for each by itself and
+            at no price, as published.
         damping: share of the moment's mean diagonal added to its diagonal.
         samples: how many prefixes of each length the model writes.
         lengths: of these prefixes in tokens, the start token included.
@@ -110,3 +111,5 @@ class FactEditor:
                 raise InputError(f"{self.name}: {name} is {getattr(self, name)}, expected {value} or more")
         if self.lr is not None and self.lr < 0:
             raise InputError(f"{self.name}: lr is {self.lr}, expected 0 or more, or none for steps of pace")
+        if self.lr is not None and self.price:
+            raise InputError(f"{self.name}: lr is {self.lr} and price {self.price}; lr is for a price of 0")

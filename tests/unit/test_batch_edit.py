@@ -98,7 +98,7 @@ def test_memit_is_memit_on_a_working_copy_with_dense_solves(tmp_path):
 def test_the_targets_are_said(editor, tmp_path):
     view = open_view()
     facts = read(tmp_path, view)
-    search = {"steps": 60, "pace": 0.5, "lr": 0.5, "clamp": 60.0, "price": 1e-6}
+    search = {"steps": 60, "pace": 0.5, "clamp": 60.0, "price": 1e-6}
     strong = replace(editor, **{**BARE, **search}, layers=(0, 1), rounds=2)
     request = Request(facts=facts, text=ordinary(view))
     with hands_off(view):

@@ -314,6 +314,8 @@ def test_bad_requests_say_what_to_do(view, facts):
         ({"steps": 0}, request, "rome: steps is 0, expected 1 or more"),
         ({"tries": 0}, request, "tries is 0, expected 1 or more"),
         ({"lr": -0.1}, request, "lr is -0.1, expected 0 or more, or none"),
+        ({"lr": 0.5}, request, "lr is 0.5 and price 10.0; lr is for a price of 0"),
+        ({"passes": 0}, request, "passes is 0, expected 1 or more"),
         ({"layer": 0, "prefixes": ("the cat " * 40,)}, request, "the context holds 64"),
     ]:
         with hands_off(view), pytest.raises(InputError, match=said):
