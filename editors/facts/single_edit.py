@@ -166,8 +166,8 @@ class Work:
         weight, editor = self._weight(site), self.editor
         if editor.price:
             mean = self.keys.mean(keys)
-            drift = 1 / float(mean @ whiten(mean, moment, damping=editor.damping))
-            price = torch.tensor([[editor.price * drift / max(_energy(weight, moment), 1e-300)]])
+            ease = float(mean @ whiten(mean, moment, damping=editor.damping))
+            price = torch.tensor([[editor.price / max(ease * _energy(weight, moment), 1e-300)]])
             every = [[0] * (len(asked.prompts) + (asked.essence is not None))]
             values = optimise_jointly(self.view, site.layer, [asked], every, price, stream, editor.descent)
         else:

@@ -322,6 +322,15 @@ def test_bad_requests_say_what_to_do(view, facts):
             Rome(**{"recalls": 0, "namesakes": 0, **settings})(view, given)
 
 
+def test_a_key_of_nothing_is_refused_in_one_line(view, facts):
+    """A map that reads zero cannot be made to answer; also where its values have a price."""
+    with torch.no_grad():
+        for weight in view.model.transformer.h[1].mlp.c_fc.parameters():
+            weight.zero_()
+    with pytest.raises(InputError, match="the key is zero"):
+        Rome(**PLAIN, layer=1, token="prompt-last", moment=torch.eye(view.neurons))(view, Request(facts=facts[:1]))
+
+
 # -- its parts ----------------------------------------------------------------------------------------------------
 
 
